@@ -1,0 +1,116 @@
+"""The values that flow, and the legend of axis letters that names carry everywhere (`scores_BN`, `thoughts_BKD`).
+
+B queries per rank · G passages per query, the first is the positive · P = B·G passages per rank · R = B + P rows
+W ranks · Q = W·B · N = Q·G passages in the softmax · T packed tokens · D hidden size · V vocabulary
+K latent steps · M segments of a rationale
+
+One batch, from shard to gradient: Example (data/schema) -> PackedBatch (data/text) -> Views (model/retriever)
+-> LossTerms (objective) -> backward and step (distributed/engine).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Passage:
+    id: str
+    text: str
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training triple: a query, its written rationale, its positives and hard negatives."""
+
+    query_id: str
+    query: str
+    rationale: str
+    positives: tuple[Passage, ...]
+    negatives: tuple[Passage, ...] = ()
+    instruction: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One row: a prompt the model thinks after, and, for a training query, the rationale that follows it."""
+
+    prompt: list[int]
+    # Rationale tokens without EOS, and for each segment the index of its last token among them.
+    rationale: list[int] | None = None
+    segment_ends: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """R rows packed end to end without padding: B queries first, then P passages; see `pack`."""
+
+    tokens_T: Tensor  # (T,) int64 - token ids of all rows
+    positions_T: Tensor  # (T,) int64 - position within the row, from 0
+    lengths_R: Tensor  # (R,) int64 - tokens per row, rationale and EOS included
+    prompt_lengths_R: Tensor  # (R,) int64 - tokens of the latent view's prefix
+    queries: int  # B; 0 when all rows are encoded alike and nothing is compared
+    segment_ends_BM: Tensor | None = None  # (B, M) int64 - index into T of each segment's last token; last repeats
+    segments_B: Tensor | None = None  # (B,) int64 - segments per rationale
+    labels_B: Tensor | None = None  # (B,) int64 - row among this rank's P passages that holds the positive
+    positive_keys_BX: Tensor | None = None  # (B, X) int64 - keys of all positives of the query; the first repeats
+    passage_keys_P: Tensor | None = None  # (P,) int64 - key of each passage: equal keys, same passage
+    query_ids: tuple[str, ...] = ()
+
+    @property
+    def has_rationale(self) -> bool:
+        return self.segments_B is not None
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+
+class Views(NamedTuple):
+    """What the model makes of a batch. Vectors have unit length; states do not. Teacher fields are None without rationale.
+
+    A tuple, because ZeRO-3 looks for the tensors in a module's output and does not look inside other objects.
+    """
+
+    query_BD: Tensor
+    passage_PD: Tensor
+    query_steps_BKD: Tensor
+    teacher_BD: Tensor | None
+    segments_BKD: Tensor | None  # the segment state that each step is aligned with
+    soft_token_entropy: Tensor  # scalar, nats; 0 when K = 1 needs no soft token
+
+
+def pack(rows: Sequence[TokenSequence], eos: int | None = None, **comparison: object) -> PackedBatch:
+    """Pack rows end to end. Rows with a rationale become [prompt ; rationale ; eos] and must come first.
+
+    `comparison` passes labels_B, positive_keys_BX, passage_keys_P and query_ids through.
+    """
+    tokens, positions, lengths, ends = [], [], [], []
+    offset = 0
+    for row in rows:
+        ids = list(row.prompt)
+        if row.rationale is not None:
+            ends.append([offset + len(ids) + end for end in row.segment_ends or []])
+            ids += [*row.rationale, eos]
+        tokens += ids
+        positions += range(len(ids))
+        lengths.append(len(ids))
+        offset += len(ids)
+    segments = {}
+    if ends:
+        most = max(map(len, ends))
+        segments["segment_ends_BM"] = torch.tensor([e + e[-1:] * (most - len(e)) for e in ends])
+        segments["segments_B"] = torch.tensor([len(e) for e in ends])
+    return PackedBatch(
+        tokens_T=torch.tensor(tokens),
+        positions_T=torch.tensor(positions),
+        lengths_R=torch.tensor(lengths),
+        prompt_lengths_R=torch.tensor([len(row.prompt) for row in rows]),
+        queries=int(comparison.pop("queries", 0)),
+        **segments,
+        **comparison,
+    )

@@ -1,0 +1,61 @@
+"""`laser-dist COMMAND ...`: dispatch only. Commands import what they need themselves, so that help is instant."""
+
+import importlib
+import sys
+
+from laser_dist.errors import UserError, suggest
+
+COMMANDS = {
+    "quickstart": ("laser_dist.quickstart", "Train, evaluate and export on the embedded sample set"),
+    "prepare": ("laser_dist.data.prepare", "Turn JSONL, Parquet or a dataset into checked WebDataset shards"),
+    "train": ("laser_dist.train", "Train a retriever from a TOML recipe"),
+    "evaluate": ("laser_dist.retrieval.evaluate", "Measure nDCG, recall and MRR on a corpus, queries and qrels"),
+    "encode": ("laser_dist.retrieval.encode", "Encode a corpus into a memory-mapped folder of vectors"),
+    "export": ("laser_dist.retrieval.export", "Turn a checkpoint into a plain model folder"),
+}
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {name:<11} {help_}" for name, (_, help_) in COMMANDS.items())
+    return (
+        f"usage: laser-dist COMMAND ...\n\ncommands:\n{rows}\n\n"
+        "examples:\n"
+        "  laser-dist quickstart\n"
+        "  laser-dist prepare --source train.jsonl --out shards/\n"
+        "  laser-dist train recipe.toml --output runs/first --optimizer.learning-rate 2e-4\n"
+        "  laser-dist COMMAND --help\n"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code. A UserError is printed as one message, without a traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from laser_dist import __version__
+
+        print(f"laser-dist {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f'laser-dist: unknown command "{name}".{suggest(name, COMMANDS)}\n\n{usage()}', file=sys.stderr)
+        return 2
+    return run(COMMANDS[name][0], rest)
+
+
+def run(module: str, arguments: list[str]) -> int:
+    """Call `module.main(arguments)`; user errors and Ctrl-C end in a message and a code, not in a traceback."""
+    try:
+        return importlib.import_module(module).main(arguments) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,426 @@
+"""RunConfig: everything that defines a run, from a TOML recipe plus `--section.field value` overrides.
+
+One owner per value: ds_configs/*.json own ZeRO's mechanics; batch sizes, precision and clipping are owned here and
+handed to DeepSpeed. Every value is checked before a process group starts; every error names key, value and remedy.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from laser_dist.errors import UserError, suggest
+
+
+def _require(condition: bool, key: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise UserError(f"{key} = {value!r}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The backbone and what of it is trained."""
+
+    name: str = ""
+    """Hub id or folder of a causal LM, e.g. Qwen/Qwen3-0.6B."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    layers: int | None = None
+    """Keep only the first n decoder layers (a depth-truncated backbone); unset keeps all."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of weights and activations; losses and their statistics are float32 either way."""
+    lora_rank: int = 0
+    """Rank of the LoRA adapters; 0 trains every weight."""
+    lora_alpha: int = 32
+    """LoRA scale is alpha / rank."""
+    lora_dropout: float = 0.0
+    """Dropout inside the adapters."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers that get an adapter."""
+    activation_checkpointing: bool = True
+    """Recompute each layer in backward; the latent K/V survive it, so the prefix runs once, not K times."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for repositories you trust."""
+
+    def __post_init__(self) -> None:
+        _require(self.layers is None or self.layers > 0, "model.layers", self.layers, "must be at least 1, or unset")
+        _require(self.lora_rank >= 0, "model.lora_rank", self.lora_rank, "0 for full fine-tuning, or a positive rank")
+        _require(0 <= self.lora_dropout < 1, "model.lora_dropout", self.lora_dropout, "must be in [0, 1)")
+        if self.lora_rank:
+            _require(bool(self.lora_targets), "model.lora_targets", self.lora_targets, "name at least one linear layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinkingConfig:
+    """Latent thinking (spec: "The views")."""
+
+    steps: int = 3
+    """K, the number of latent states averaged into the vector."""
+    convention: Literal["official", "paper"] = "official"
+    """official: the first state is the last prompt token's, so K-1 soft tokens; paper: K soft tokens."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "thinking.steps", self.steps, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How text becomes tokens, in training and in serving alike (saved in every checkpoint)."""
+
+    instruction: str = "Given a query, retrieve passages that help answer it"
+    """Instruction used for a query that brings none."""
+    query_template: str = "Instruct: {instruction}\nQuery: {query}"
+    """Template of a query; {query} is required, {instruction} optional."""
+    passage_template: str = "{title}\n{text}"
+    """Template of a passage; surrounding blank space is stripped, so a missing title leaves no empty line."""
+    chat_template: Literal["auto", "never"] = "auto"
+    """auto: wrap texts as the tokenizer's chat template does, with an empty think block where it has one."""
+    max_query_tokens: int = 512
+    """Longest query, template included; the content is cut, never the template's tail."""
+    max_passage_tokens: int = 512
+    """Longest passage, template included."""
+    max_explicit_tokens: int = 1024
+    """Longest [query ; rationale ; EOS]; the rationale is cut."""
+
+    def __post_init__(self) -> None:
+        _require("{query}" in self.query_template, "text.query_template", self.query_template, "must contain {query}")
+        _require(
+            "{text}" in self.passage_template, "text.passage_template", self.passage_template, "must contain {text}"
+        )
+        for name in ("max_query_tokens", "max_passage_tokens"):
+            _require(getattr(self, name) >= 8, f"text.{name}", getattr(self, name), "must be at least 8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Training shards and how they are read."""
+
+    train: str = ""
+    """Folder written by `laser-dist prepare` (shards and manifest.json)."""
+    negatives: int = 1
+    """Hard negatives per query (G = 1 + negatives); queries with fewer reuse theirs, and the share is logged."""
+    shuffle: bool = True
+    """Shuffle each epoch from the seed; false keeps the file order."""
+    shuffle_shards: int = 16
+    """Shards shuffled together: bounds the memory of the shuffle."""
+    workers: int = 1
+    """Loader processes per rank; 0 loads in the training process."""
+
+    def __post_init__(self) -> None:
+        _require(self.negatives >= 0, "data.negatives", self.negatives, "must be 0 or more")
+        _require(self.shuffle_shards >= 1, "data.shuffle_shards", self.shuffle_shards, "must be at least 1")
+        _require(self.workers >= 0, "data.workers", self.workers, "must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """L = InfoNCE_L + explicit * InfoNCE_E + output * KL_out + trajectory * KL_mid; a weight of 0 costs nothing."""
+
+    explicit_weight: float = 1.0
+    """Lambda 1: contrastive loss of the explicit view (the one that reads the rationale)."""
+    output_weight: float = 10.0
+    """Lambda 2: distillation of the explicit view's ranking into the latent view."""
+    trajectory_weight: float = 0.1
+    """Lambda 3: distillation of rationale segments into latent steps."""
+    ramp_steps: int = 0
+    """Lambda 2 and 3 rise linearly from 0 over this many optimizer steps; 0 starts at full weight."""
+    temperature: float = 0.02
+    """Tau of both InfoNCE terms."""
+    distill_temperature: float = 0.02
+    """Tau of the output distillation."""
+    trajectory_temperature: float | None = None
+    """Tau of the trajectory distillation; unset: 0.05 (official) or 0.02 (paper)."""
+    mask_false_negatives: bool = True
+    """Drop columns that are another copy of one of the row's own positives, by passage id."""
+
+    def __post_init__(self) -> None:
+        for name in ("explicit_weight", "output_weight", "trajectory_weight"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, f"objective.{name}", value, "must be finite and 0 or more")
+        for name in ("temperature", "distill_temperature", "trajectory_temperature"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < math.inf, f"objective.{name}", value, "must be finite and above 0")
+        _require(self.ramp_steps >= 0, "objective.ramp_steps", self.ramp_steps, "must be 0 or more")
+
+    @property
+    def needs_rationale(self) -> bool:
+        return self.explicit_weight > 0 or self.output_weight > 0 or self.trajectory_weight > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; norms and biases are exempt."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """After warm-up: decay to 0, or stay."""
+    warmup: float = 0.1
+    """Share of all steps spent warming up."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.learning_rate < 1, "optimizer.learning_rate", self.learning_rate, "must be in (0, 1)")
+        _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "must both be in [0, 1)")
+        _require(0 < self.eps < 1, "optimizer.eps", self.eps, "must be in (0, 1)")
+        _require(0 <= self.warmup <= 1, "optimizer.warmup", self.warmup, "is a share of all steps: between 0 and 1")
+        for name in ("gradient_clipping", "weight_decay"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"optimizer.{name}", value, "must be finite and 0 (off) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Batch, length and distribution of the run."""
+
+    queries_per_rank: int = 8
+    """B: queries per rank and micro-batch. In-batch negatives come from all ranks of one micro-batch."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step. More of them average more queries; they do not add negatives."""
+    epochs: float = 1.0
+    """Passes over the data; fractions are allowed."""
+    max_steps: int | None = None
+    """Optimizer steps; when set it wins over epochs."""
+    deepspeed: str = "zero3.json"
+    """DeepSpeed config: a file, or a name in ds_configs/."""
+
+    def __post_init__(self) -> None:
+        _require(self.queries_per_rank >= 1, "train.queries_per_rank", self.queries_per_rank, "must be at least 1")
+        _require(self.accumulation >= 1, "train.accumulation", self.accumulation, "must be at least 1")
+        _require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "must be finite and above 0")
+        _require(
+            self.max_steps is None or self.max_steps > 0, "train.max_steps", self.max_steps, "at least 1, or unset"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Retrieval on a dev set during training; off unless the three files are given."""
+
+    corpus: str | None = None
+    """corpus.jsonl with id and text."""
+    queries: str | None = None
+    """queries.jsonl with id and text."""
+    qrels: str | None = None
+    """qrels.tsv: query-id, corpus-id, score."""
+    every: int = 0
+    """Optimizer steps between evaluations; 0 evaluates at the end only."""
+    metric: str = "ndcg@10"
+    """Decides which checkpoint is the best."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "evaluation.every", self.every, "must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept, and how often."""
+
+    every: int = 500
+    """Optimizer steps between checkpoints; one is always written at the end. 0: only then."""
+    keep: int = 2
+    """Newest checkpoints kept besides the best one."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "checkpoint.every", self.every, "must be 0 or more")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is written to TensorBoard and metrics.jsonl."""
+
+    every: int = 1
+    """Optimizer steps between scalars."""
+    term_gradient_norms_every: int = 0
+    """Steps between per-term gradient norms (with respect to the vectors); 0: never."""
+    profile_steps: int = 0
+    """Record a torch profiler trace of this many steps, from step 3 on; 0: none."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "logging.every", self.every, "must be at least 1")
+        for name in ("term_gradient_norms_every", "profile_steps"):
+            _require(getattr(self, name) >= 0, f"logging.{name}", getattr(self, name), "must be 0 (off) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. Sections are TOML tables; each field is also a flag, `--section.field value`."""
+
+    output: str = ""
+    """Folder of the run: checkpoints, TensorBoard events, metrics.jsonl, the resolved config."""
+    seed: int = 0
+    """Seed of the data order, dropout and adapters."""
+    resume: bool = False
+    """Continue from the newest complete checkpoint in the output folder, if there is one."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def trajectory_temperature(self) -> float:
+        """The temperature in force: the convention decides where the recipe does not (spec: two conventions)."""
+        official = self.thinking.convention == "official"
+        return self.objective.trajectory_temperature or (0.05 if official else 0.02)
+
+    def validate(self) -> None:
+        """Check what no single section can: required values, combinations, files. Raises UserError."""
+        _require(bool(self.output), "output", self.output, "give the folder of the run, e.g. --output runs/first")
+        _require(
+            bool(self.model.name), "model.name", self.model.name, "give a hub id or a folder, e.g. Qwen/Qwen3-0.6B"
+        )
+        _require(
+            bool(self.data.train), "data.train", self.data.train, "give the folder that `laser-dist prepare` wrote"
+        )
+        manifest = Path(self.data.train) / "manifest.json"
+        _require(
+            manifest.is_file(),
+            "data.train",
+            self.data.train,
+            f"{manifest} does not exist; write it with `laser-dist prepare --source FILE --out {self.data.train}`",
+        )
+        _require(
+            self.text.max_explicit_tokens >= self.text.max_query_tokens + 2,
+            "text.max_explicit_tokens",
+            self.text.max_explicit_tokens,
+            f"must exceed text.max_query_tokens = {self.text.max_query_tokens} by at least 2 (a rationale token and EOS)",
+        )
+        files = {name: getattr(self.evaluation, name) for name in ("corpus", "queries", "qrels")}
+        given = [name for name, value in files.items() if value]
+        _require(len(given) in (0, 3), "evaluation", given, "give corpus, queries and qrels together, or none of them")
+        for name in given:
+            _require(Path(files[name]).is_file(), f"evaluation.{name}", files[name], "this file does not exist")
+        _require(
+            self.evaluation.every == 0 or bool(given),
+            "evaluation.every",
+            self.evaluation.every,
+            "needs corpus, queries and qrels",
+        )
+        output = Path(self.output)
+        occupied = any((output / "checkpoints").glob("step-*")) if output.is_dir() else False
+        _require(
+            self.resume or not occupied,
+            "output",
+            self.output,
+            "already holds checkpoints: continue with --resume, or choose another folder",
+        )
+
+
+def load_config(arguments: Sequence[str], prog: str = "laser-dist train") -> RunConfig:
+    """`[RECIPE.toml] [--section.field value ...]` -> a validated RunConfig; UserError names key, value and remedy."""
+    import tyro  # here, because `laser-dist --help` must not pay for it
+
+    arguments = list(arguments)
+    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    defaults = read_recipe(Path(recipe)) if recipe else RunConfig()
+    config = tyro.cli(RunConfig, args=arguments, default=defaults, prog=f"{prog} RECIPE.toml", description=TRAIN_HELP)
+    config.validate()
+    return config
+
+
+TRAIN_HELP = """Train a retriever from a TOML recipe; every value of the recipe is also a flag.
+
+Examples:
+  laser-dist train launchers/recipes/quickstart.toml --output runs/mine
+  laser-dist train recipe.toml --output runs/k6 --thinking.steps 6 --optimizer.learning-rate 5e-5
+  laser-dist train recipe.toml --output runs/k6 --resume
+  deepspeed --num_gpus 8 --module laser_dist.train recipe.toml --output runs/eight
+"""
+
+
+def read_recipe(path: Path) -> RunConfig:
+    """A TOML recipe as a RunConfig (not yet validated as a whole)."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist; ready ones are in launchers/recipes/") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid TOML: {error}") from None
+    return _from_table(RunConfig, table, str(path), "")
+
+
+def _from_table(cls: type, table: dict[str, Any], source: str, prefix: str) -> Any:
+    known = get_type_hints(cls)
+    values = {}
+    for key, value in table.items():
+        name = prefix + key
+        if key not in known:
+            raise UserError(f'{source}: unknown key "{name}".{_suggest_key(cls, key, prefix)}')
+        if dataclasses.is_dataclass(known[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{source}: {name} is a section: write [{name}] above its keys")
+            values[key] = _from_table(known[key], value, source, name + ".")
+        else:
+            values[key] = _coerce(known[key], value, source, name)
+    return cls(**values)
+
+
+def _suggest_key(cls: type, key: str, prefix: str) -> str:
+    if near := suggest(key, get_type_hints(cls)):
+        return near
+    elsewhere = [
+        f"{section}.{key}"
+        for section, kind in get_type_hints(RunConfig).items()
+        if dataclasses.is_dataclass(kind) and key in get_type_hints(kind)
+    ]
+    return f' It belongs to another section: "{elsewhere[0]}".' if elsewhere else ""
+
+
+def _coerce(kind: Any, value: Any, source: str, name: str) -> Any:
+    """TOML value -> field value; integers serve as floats, arrays as tuples, nothing else is converted."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _coerce(next(a for a in arguments if a is not type(None)), value, source, name)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise UserError(f"{source}: {name} = {value!r}: must be one of {', '.join(map(repr, arguments))}")
+    if origin is tuple and isinstance(value, list):
+        variadic = len(arguments) == 2 and arguments[1] is Ellipsis
+        if variadic or len(value) == len(arguments):
+            kinds = [arguments[0]] * len(value) if variadic else arguments
+            return tuple(_coerce(k, v, source, name) for k, v in zip(kinds, value, strict=True))
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    expected = getattr(kind, "__name__", str(kind))
+    raise UserError(f"{source}: {name} = {value!r}: expected {expected}, got {type(value).__name__}")
+
+
+def to_toml(config: RunConfig) -> str:
+    """The resolved config as TOML, readable by `read_recipe`; unset values are left out."""
+    lines, sections = [], []
+    for key, value in dataclasses.asdict(config).items():
+        if isinstance(value, dict):
+            body = [f"{k} = {_toml_value(v)}" for k, v in value.items() if v is not None]
+            sections += ["", f"[{key}]", *body]
+        elif value is not None:
+            lines.append(f"{key} = {_toml_value(value)}")
+    return "\n".join(lines + sections) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    # JSON's booleans, strings and numbers are TOML's too.
+    return json.dumps(value, ensure_ascii=False)

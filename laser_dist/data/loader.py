@@ -1,0 +1,59 @@
+"""Packed training batches: the stream of examples, tokenised in loader processes."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from laser_dist.batch import PackedBatch
+from laser_dist.config import RunConfig
+from laser_dist.data.stream import ExampleStream, draw_passages, plain_errors
+from laser_dist.data.text import TextCounts, TextFormat
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """One rank's micro-batch, and what was cut to make it."""
+
+    packed: PackedBatch
+    epoch: float  # passes over the data so far
+    counts: dict[str, int]  # see TextCounts, plus queries_reusing_negatives
+
+
+class _Packer(IterableDataset):
+    def __init__(self, stream: ExampleStream, text: TextFormat, config: RunConfig):
+        self.stream, self.text, self.config = stream, text, config
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        config = self.config
+        for micro in self.stream:
+            self.text.counts = TextCounts()
+            examples = [example for _, example in micro.items]
+            passages = [
+                draw_passages(example, config.data.negatives, (config.seed, position))
+                for position, example in micro.items
+            ]
+            packed = self.text.batch(examples, passages, with_rationale=config.objective.needs_rationale)
+            reusing = sum(len(example.negatives) < config.data.negatives for example in examples)
+            yield TrainingBatch(packed, micro.epoch, {**asdict(self.text.counts), "queries_reusing_negatives": reusing})
+
+
+def training_batches(
+    config: RunConfig, text: TextFormat, *, rank: int, world_size: int, start: int, total: int
+) -> Iterator[TrainingBatch]:
+    """This rank's micro-batches start .. total - 1, in an order that depends on the seed only."""
+    stream = ExampleStream(
+        config.data.train,
+        seed=config.seed,
+        queries_per_rank=config.train.queries_per_rank,
+        total_batches=total,
+        start_batch=start,
+        rank=rank,
+        world_size=world_size,
+        shuffle=config.data.shuffle,
+        shuffle_shards=config.data.shuffle_shards,
+    )
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are the parallelism
+    loader = DataLoader(_Packer(stream, text, config), batch_size=None, num_workers=config.data.workers)
+    return plain_errors(loader)

@@ -1,0 +1,169 @@
+"""One row of training data: what is accepted, and what a defect is called. Own field names and LaSER-Training's."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from laser_dist.batch import Example, Passage
+from laser_dist.errors import UserError, suggest
+
+# Every field under the names it may have; LaSER-Training's come second.
+NAMES = {
+    "query_id": ("query_id",),
+    "query": ("query",),
+    "rationale": ("rationale", "reasoning_query"),
+    "instruction": ("instruction", "prompt"),
+    "positives": ("positives", "positive_passages"),
+    "negatives": ("negatives", "negative_passages"),
+    "id": ("id", "docid"),
+    "text": ("text",),
+    "title": ("title",),
+}
+_KNOWN = {name for names in NAMES.values() for name in names}
+_PASSAGE_FORM = 'write it as {"id": "...", "text": "..."}'
+
+
+def parse_example(row: object, where: str) -> Example:
+    """A decoded JSON row as an Example. `where` is file:line; it opens the message of every UserError.
+
+    A missing rationale becomes "" (whether that may be is decided when shards are written), a missing id is derived.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, got {_kind(row)}: write one {{...}} per line")
+    query = _text(row, "query", where, required=True)
+    positives = _passages(row, "positives", where)
+    if not positives:
+        raise UserError(f'{where}: "positives" is empty: give at least one passage that answers the query')
+    negatives = _passages(row, "negatives", where)
+    _refuse_contradictions(positives, negatives, where)
+    return Example(
+        # The positives take part: a query asked twice with other answers is two examples, not a repetition.
+        query_id=_id(row, "query_id", where) or _derived("q", query, *(p.id for p in positives)),
+        query=query,
+        rationale=_text(row, "rationale", where),
+        positives=positives,
+        negatives=negatives,
+        instruction=_text(row, "instruction", where) or None,
+    )
+
+
+def example_to_row(example: Example) -> dict[str, Any]:
+    """The inverse of `parse_example`, in this project's field names; empty optional fields are left out."""
+    row = {"query_id": example.query_id, "query": example.query, "rationale": example.rationale}
+    if example.instruction is not None:
+        row["instruction"] = example.instruction
+    for field in ("positives", "negatives"):
+        passages = getattr(example, field)
+        row[field] = [{"id": p.id, "text": p.text} | ({"title": p.title} if p.title else {}) for p in passages]
+    return row
+
+
+def decode_example(raw: bytes, where: str) -> Example:
+    """The JSON text of one row as an Example; UserError if it is not valid UTF-8 or JSON, or has a defect."""
+    return parse_example(decode_row(raw, where), where)
+
+
+def decode_row(raw: bytes, where: str) -> Any:
+    """The JSON value in `raw`; UserError names `where` and what is wrong with it."""
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}): one object per line") from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON is nested too deeply for an example") from None
+
+
+def passage_key(passage_id: str) -> int:
+    """A signed 64-bit key of an id, the same on every machine; never 0, which may serve as "no passage"."""
+    return int.from_bytes(hashlib.blake2b(passage_id.encode(), digest_size=8).digest(), "big", signed=True) or 1
+
+
+def _passages(row: dict, field: str, where: str) -> tuple[Passage, ...]:
+    value, name = _lookup(row, field)
+    if value is None:
+        if field == "positives":
+            raise UserError(f'{where}: "{name}" is missing: give at least one passage.{_near(name, row)}')
+        return ()
+    if not isinstance(value, list | tuple):
+        raise UserError(f'{where}: "{name}" must be a list of passages, got {_kind(value)}: {_PASSAGE_FORM}')
+    return tuple(_passage(item, f"{where}: {name}[{i}]") for i, item in enumerate(value))
+
+
+def _passage(item: object, where: str) -> Passage:
+    if not isinstance(item, dict):
+        raise UserError(f"{where}: a passage must be an object, got {_kind(item)}: {_PASSAGE_FORM}")
+    text = _text(item, "text", where, required=True)
+    title = _text(item, "title", where)
+    return Passage(id=_id(item, "id", where) or _derived("p", title, text), text=text, title=title)
+
+
+def _text(row: dict, field: str, where: str, required: bool = False) -> str:
+    """The string under any name of `field`, unchanged; blank or missing is "" unless required."""
+    value, name = _lookup(row, field)
+    if value is None and required:
+        raise UserError(f'{where}: "{name}" is missing: every row needs it.{_near(name, row)}')
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f'{where}: "{name}" must be a string, got {_kind(value)}: put it in quotes')
+    if not value.strip():
+        if required:
+            raise UserError(f'{where}: "{name}" is empty: fill it in or remove the row')
+        return ""
+    return _encodable(value, name, where)
+
+
+def _encodable(value: str, name: str, where: str) -> str:
+    # JSON may hold half of a surrogate pair (\ud83d), which no tokenizer and no file takes: better to say it here.
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f'{where}: "{name}" holds half of a surrogate pair at character {error.start + 1}: remove or repair it'
+        ) from None
+    return value
+
+
+def _id(row: dict, field: str, where: str) -> str | None:
+    """The id as a string (integers are accepted), None when missing or blank."""
+    value, name = _lookup(row, field)
+    if type(value) is int:
+        return str(value)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if not isinstance(value, str):
+        raise UserError(f'{where}: "{name}" must be a string, got {_kind(value)}: put it in quotes')
+    return _encodable(value, name, where)
+
+
+def _lookup(row: dict, field: str) -> tuple[Any, str]:
+    """Value of the first name that is there and not null, and that name (the field's own when there is none)."""
+    present = [name for name in NAMES[field] if row.get(name) is not None]
+    return (row[present[0]], present[0]) if present else (None, field)
+
+
+def _near(name: str, row: dict) -> str:
+    return suggest(name, [key for key in row if isinstance(key, str) and key not in _KNOWN])
+
+
+def _refuse_contradictions(positives: Sequence[Passage], negatives: Sequence[Passage], where: str) -> None:
+    ids, texts = {p.id for p in positives}, {p.text for p in positives}
+    for i, negative in enumerate(negatives):
+        same = "id" if negative.id in ids else "text" if negative.text in texts else None
+        if same:
+            raise UserError(
+                f'{where}: negatives[{i}] (id "{negative.id}") is also a positive: same {same}. '
+                "Training would pull and push one passage: remove it from the negatives"
+            )
+
+
+def _derived(kind: str, *parts: str) -> str:
+    return f"{kind}-{hashlib.blake2b(json.dumps(parts).encode(), digest_size=10).hexdigest()}"
+
+
+def _kind(value: object) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true/false", type(None): "null"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

@@ -1,0 +1,79 @@
+"""Collectives of the objective. All are the identity in a single process; all ranks must call them alike."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renames the two and warns at every call of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(P, ...) on each rank -> (W*P, ...) on every rank, in rank order, without gradient. P is equal on all ranks."""
+    if world_size() == 1:
+        return rows
+    gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+    _all_gather(gathered, rows.detach().contiguous())
+    return gathered
+
+
+def gather_rows_with_gradient(rows: Tensor) -> Tensor:
+    """`gather_rows` whose backward sums each row's gradient over all ranks (SUM reduce-scatter)."""
+    return _GatherRows.apply(rows) if world_size() > 1 else rows
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return gather_rows(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:])
+        _reduce_scatter(own, gradient.contiguous(), op=dist.ReduceOp.SUM)
+        return own
+
+
+def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """The mean over ranks of each value; keys must be equal on all ranks."""
+    table = gather_table(values)
+    return {name: sum(row[name] for row in table) / len(table) for name in values}
+
+
+def gather_table(values: dict[str, float]) -> list[dict[str, float]]:
+    """Every rank's values, as one dict per rank."""
+    rows = gather_rows(torch.tensor([list(values.values())], dtype=torch.float64, device=_device()))
+    return [dict(zip(values, row, strict=True)) for row in rows.tolist()]
+
+
+def merge_rows(rows: np.ndarray) -> np.ndarray:
+    """(n, D) on each rank, each row computed on at least one and zero elsewhere -> all rows on every rank."""
+    table = torch.from_numpy(rows).to(_device())
+    # A row that two ranks computed must not count twice, as it would in a sum.
+    largest, smallest = table.clone(), table.clone()
+    if world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return torch.where(largest > 0, largest, smallest).cpu().numpy()
+
+
+def _device() -> torch.device:
+    nccl = dist.is_initialized() and "nccl" in dist.get_backend()
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

@@ -1,0 +1,112 @@
+"""The training engine: DeepSpeed behind the five calls that the trainer needs. Only this file and checkpoint.py know it.
+
+forward -> backward (per micro-batch; gradients are averaged over micro-batches and ranks) -> step (clip, update).
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from laser_dist.batch import PackedBatch, Views
+
+
+class NonFiniteGradient(RuntimeError):
+    """The global gradient norm is not a number; no parameter was changed."""
+
+
+def init_distributed() -> torch.device:
+    """Join the process group of the launcher (a group of one without a launcher) and return this rank's device."""
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        # DeepSpeed would compile a shared-memory all-reduce for CPUs at first use: a minute and a half, for nothing.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update(defaults)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+    return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+class Engine:
+    """A module and its optimizer, sharded as the DeepSpeed config says."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]):
+        self.module = module
+        self.stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        if self.stage == 3:
+            _register_external_parameters(module)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.ds, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, model_parameters=trained, config=ds_config
+        )
+        self.optimizer = optimizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.ds.device
+
+    def __call__(self, batch: PackedBatch) -> Views:
+        return self.ds(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        self.ds.backward(loss)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.ds.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def step(self) -> float:
+        """Update the parameters at the end of an accumulation window; returns the global gradient norm before clipping.
+
+        Raises NonFiniteGradient, on every rank alike, with all parameters as they were.
+        """
+        if self.stage == 0 and self.ds.is_gradient_accumulation_boundary():
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                raise NonFiniteGradient
+            self.ds.step()
+            return norm
+        boundary = self.ds.is_gradient_accumulation_boundary()
+        self.ds.step()  # ZeRO finds a non-finite norm before it updates anything, and skips the update
+        norm = float(self.ds.get_global_grad_norm() or 0.0)
+        if boundary and not (math.isfinite(norm) and norm >= 0):
+            raise NonFiniteGradient
+        return norm
+
+    @contextmanager
+    def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Inside, ZeRO-3's partitioned parameters are whole on every rank (read only). All ranks must enter."""
+        partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+        with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+            yield
+
+    def full_state_dict(self, *, only_trained: bool = False) -> dict[str, Tensor]:
+        """Whole weights on rank 0's CPU, one parameter at a time (an empty dict elsewhere); tied weights once.
+
+        Names are the causal LM's own. All ranks must call it.
+        """
+        state = {}
+        for name, parameter in self.module.lm.named_parameters():
+            if only_trained and not parameter.requires_grad:
+                continue
+            with self.gathered([parameter]):
+                if self.ds.global_rank == 0:
+                    state[name] = parameter.detach().cpu().clone()
+        return state
+
+
+def _register_external_parameters(module: nn.Module) -> None:
+    for child in module.modules():
+        for parameter in getattr(child, "external_parameters", list)():
+            deepspeed.zero.register_external_parameter(child, parameter)
+

@@ -1,0 +1,139 @@
+"""DeepSpeed's JSON for a run: ZeRO's mechanics from ds_configs/, everything else from the recipe.
+
+DeepSpeed ignores misspelt top-level keys and replaces a leftover "auto" by a default, both silently. Here each is an
+error, before a process group starts.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from laser_dist.config import RunConfig
+from laser_dist.errors import UserError, suggest
+
+# A link to the top-level folder in a checkout, a plain folder in a wheel.
+FOLDER = Path(__file__).parent / "ds_configs"
+
+# What the recipe owns: key in DeepSpeed's JSON -> key in the recipe.
+OWNED = {
+    "train_micro_batch_size_per_gpu": "train.queries_per_rank",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_clipping": "optimizer.gradient_clipping",
+}
+
+_PRECISION = 'precision is model.dtype in the recipe ("float32" or "bfloat16"); remove this section'
+_SCALE = "the objective's gradients are exact averages over ranks, and this would rescale them; remove it"
+_REMOVED = "current DeepSpeed has dropped it; remove it"
+REFUSED = {
+    "optimizer": "the optimizer is built from [optimizer] in the recipe; remove this section",
+    "scheduler": "the schedule is optimizer.schedule and optimizer.warmup in the recipe; remove this section",
+    "fp16": _PRECISION,
+    "bfloat16": _PRECISION,
+    "torch_autocast": _PRECISION,
+    "amp": _PRECISION,
+    "activation_checkpointing": "set model.activation_checkpointing in the recipe; remove this section",
+    "prescale_gradients": _SCALE,
+    "gradient_predivide_factor": _SCALE,
+    "gradient_allreduce_op": _SCALE,
+    "managed_gradient_accumulation": "the trainer relies on DeepSpeed's own count of micro-batches; remove it",
+    **dict.fromkeys(
+        ("compression_training", "curriculum_learning", "elasticity", "nebula", "sparse_gradients"), _REMOVED
+    ),
+}
+
+# Every other top-level key that DeepSpeed 0.19 reads; a test compares this list with the installed version.
+KNOWN = {
+    *OWNED,
+    *("train_batch_size", "bf16", "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    *("communication_data_type", "seq_parallel_communication_data_type", "data_types", "disable_allgather"),
+    *("checkpoint", "datastates_ckpt", "aio", "compile", "dataloader_drop_last", "data_efficiency", "vocabulary_size"),
+    *("comet", "csv_monitor", "tensorboard", "wandb", "comms_logger", "flops_profiler", "timers", "log_level"),
+    *("dump_state", "memory_breakdown", "steps_per_print", "wall_clock_breakdown", "disable_python_gc"),
+    *("autotuning", "hybrid_engine", "pipeline", "tensor_parallel", "expert_parallel", "weight_quantization"),
+    "use_data_before_expert_parallelism",
+}
+
+# DeepSpeed gives "auto" a meaning of its own here.
+_AUTO_ALLOWED = "data_types.keep_in_fp32_modules"
+
+
+def find_ds_config(name: str) -> Path:
+    """The file at this path, or the ready-made one of this name (`zero3.json`, or just `zero3`)."""
+    ready = FOLDER / name
+    for path in (Path(name), ready, ready.with_name(ready.name + ".json")):
+        if path.is_file():
+            return path
+    names = sorted(path.name for path in FOLDER.glob("*.json"))
+    raise UserError(
+        f"train.deepspeed = {name!r}: no such file, and none of the ready-made ones ({', '.join(names)})."
+        + suggest(name, names)
+    )
+
+
+def resolve(name: str, config: RunConfig) -> dict[str, Any]:
+    """The DeepSpeed config of this name with every "auto" filled from the run; UserError for what has no one owner."""
+    path = find_ds_config(name)
+    table = _read(path)
+    for key in table:
+        if key in REFUSED:
+            raise UserError(f'{path}: "{key}" does not belong here: {REFUSED[key]}')
+        if key not in KNOWN:
+            raise UserError(f'{path}: unknown key "{key}".{suggest(key, KNOWN)}')
+
+    for key, ours in OWNED.items():
+        section, field = ours.split(".")
+        table[key] = _owned(path, key, table.get(key, "auto"), ours, getattr(getattr(config, section), field))
+    # DeepSpeed multiplies this itself, from the two above and the number of ranks.
+    ranks = "train.queries_per_rank times train.accumulation times ranks"
+    _owned(path, "train_batch_size", table.pop("train_batch_size", "auto"), ranks, None)
+
+    precision = table.setdefault("bf16", {})
+    if not isinstance(precision, dict):
+        raise UserError(f'{path}: "bf16" = {json.dumps(precision)}: write {{"enabled": "auto"}}')
+    enabled = config.model.dtype == "bfloat16"
+    precision["enabled"] = _owned(path, "bf16.enabled", precision.get("enabled", "auto"), "model.dtype", enabled)
+    if precision.get("check_grad_overflow", "auto") == "auto":
+        precision["check_grad_overflow"] = enabled
+
+    for key in _autos(table):
+        raise UserError(f'{path}: "{key}" = "auto": nothing fills it, so DeepSpeed would take a default; write a value')
+    return table
+
+
+def _read(path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise UserError(f'{path}: "{twice}" appears twice; keep one of them')
+        return table
+
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(table).__name__}")
+    return table
+
+
+def _owned(path: Path, key: str, theirs: object, ours: str, value: object) -> object:
+    if theirs == "auto":
+        return value
+    said = f"{ours} (here {json.dumps(value)})" if value is not None else ours
+    raise UserError(f'{path}: "{key}" = {json.dumps(theirs)}, but the run takes it from {said}: write "auto" here')
+
+
+def _autos(value: object, prefix: str = "") -> Iterator[str]:
+    """Dotted paths of the values that still say "auto"."""
+    children: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        children = list(value.items())
+    elif isinstance(value, list):
+        children = list(enumerate(value))
+    elif value == "auto" and prefix != _AUTO_ALLOWED:
+        yield prefix
+    for key, child in children:
+        yield from _autos(child, f"{prefix}.{key}" if prefix else str(key))

@@ -1,0 +1,128 @@
+"""Backbones: a transformers causal LM, loaded for packed latent thinking, with LoRA and activation checkpointing."""
+
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from laser_dist.config import ModelConfig
+from laser_dist.errors import UserError
+from laser_dist.model.attention import NAME as PACKED_ATTENTION
+
+logger = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the backbone. Raises UserError where the folder or hub id cannot be read."""
+    return _load(AutoTokenizer, config, "tokenizer")
+
+
+def load_backbone(config: ModelConfig) -> nn.Module:
+    """The causal LM in its dtype on the CPU, truncated to `layers`, not yet prepared for training."""
+    hf_config = _load(AutoConfig, config, "config")
+    _check_config(hf_config, config)
+    if config.layers is not None:
+        _truncate(hf_config, config.layers)
+    _import_modelling_code(hf_config)
+    # Truncation leaves the weights of the layers above unused; transformers lists each of them as a warning.
+    level = logging.getLogger("transformers").level
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        lm = _load(
+            AutoModelForCausalLM,
+            config,
+            "weights",
+            config=hf_config,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=PACKED_ATTENTION,
+        )
+    finally:
+        logging.getLogger("transformers").setLevel(level)
+    if lm.get_output_embeddings() is None:
+        raise UserError(f"{config.name}: has no LM head, which soft tokens need; use a causal LM checkpoint")
+    return lm
+
+
+def prepare_for_training(lm: nn.Module, config: ModelConfig) -> nn.Module:
+    """Add LoRA adapters and activation checkpointing as configured; returns the module to train."""
+    if config.lora_rank:
+        lm = _with_lora(lm, config)
+    if config.activation_checkpointing:
+        # Non-reentrant only: the reentrant kind silently drops the gradient of K/V that leave a layer.
+        if hasattr(lm, "activation_checkpointing_enable"):  # its name from transformers 5.2x on
+            lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return lm.train()
+
+
+def _with_lora(lm: nn.Module, config: ModelConfig) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    linear = {name.rsplit(".", 1)[-1] for name, module in lm.named_modules() if isinstance(module, nn.Linear)}
+    if missing := sorted(set(config.lora_targets) - linear):
+        raise UserError(f"model.lora_targets: {missing} are no linear layers of {config.name}; it has {sorted(linear)}")
+    adapters = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(lm, adapters)
+
+
+def _load(factory: Any, model: ModelConfig, what: str, **arguments: object) -> Any:
+    if model.name.startswith((".", "/", "~")) and not Path(model.name).expanduser().is_dir():
+        raise UserError(f"model.name = {model.name!r}: this folder does not exist")
+    try:
+        return factory.from_pretrained(
+            str(Path(model.name).expanduser()) if Path(model.name).expanduser().is_dir() else model.name,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            **arguments,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"model.name = {model.name!r}: cannot load its {what}: {reason[0] if reason else error!r} "
+            "(a hub id needs network access or a cached copy; a folder needs config.json, tokenizer and safetensors)"
+        ) from error
+
+
+def _check_config(hf_config: PretrainedConfig, config: ModelConfig) -> None:
+    if hf_config.is_encoder_decoder or hf_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"model.name = {config.name!r}: {hf_config.model_type} is not a causal LM; use Qwen3, Llama, ..."
+        )
+    # Models that rescale embeddings or logits outside those modules would get soft tokens of the wrong scale.
+    for name in ("embedding_multiplier", "logits_scaling", "final_logit_softcapping", "scale_emb"):
+        if getattr(hf_config, name, None) not in (None, 1, 1.0):
+            raise UserError(
+                f"model.name = {config.name!r}: its {name} is not supported by soft tokens; use Qwen3, Llama, ..."
+            )
+
+
+def _truncate(hf_config: PretrainedConfig, layers: int) -> None:
+    if layers > hf_config.num_hidden_layers:
+        raise UserError(f"model.layers = {layers}: the backbone has only {hf_config.num_hidden_layers}")
+    hf_config.num_hidden_layers = layers
+    if getattr(hf_config, "layer_types", None):
+        hf_config.layer_types = hf_config.layer_types[:layers]
+
+
+def _import_modelling_code(hf_config: PretrainedConfig) -> None:
+    # Under DeepSpeed's partitioned construction a first import of the modelling module crashes; import it before.
+    import torch._dynamo  # noqa: F401
+
+    module = hf_config.model_type.replace("-", "_")
+    try:
+        importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    except ModuleNotFoundError:
+        logger.debug("no modelling module for %s to import ahead", hf_config.model_type)

@@ -1,0 +1,42 @@
+"""Latent thinking: soft tokens, and which rationale segment each latent step is aligned with."""
+
+import torch
+from torch import Tensor, nn
+
+
+class SoftToken(nn.Module):
+    """t = softmax(logits) E: the embedding a model would feed itself, averaged over the vocabulary.
+
+    A module, and not a matrix product in passing, because ZeRO-3 only has a weight at hand inside a module that owns
+    it or names it in `external_parameters`.
+    """
+
+    def __init__(self, embedding: nn.Module):
+        super().__init__()
+        # A reference, not a child: the embedding stays where the backbone has it.
+        object.__setattr__(self, "embedding", embedding)
+
+    def external_parameters(self) -> list[nn.Parameter]:
+        return [self.embedding.weight]
+
+    def forward(self, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (R, V) -> soft tokens (R, D) and their mean entropy (nats, detached)."""
+        precise = torch.float64 if logits_RV.dtype == torch.float64 else torch.float32
+        log_p_RV = torch.log_softmax(logits_RV.to(precise), -1)
+        p_RV = log_p_RV.exp()
+        entropy = -(p_RV.detach() * log_p_RV.detach()).sum(-1).mean()
+        return p_RV.to(self.embedding.weight.dtype) @ self.embedding.weight, entropy
+
+
+def aligned_segments(segments_B: Tensor, steps: int, convention: str) -> Tensor:
+    """(B,) segment counts M -> (B, K) index from 0 of the segment that each step is aligned with (spec: conventions).
+
+    official: linspace(0, M-1, K) rounded down, or each segment once and then the last again where M < K.
+    paper: floor(i M / K), i = 1..K, counted from 1; where M < K the first steps share the first segment.
+    """
+    last_B1 = segments_B[:, None] - 1
+    step_K = torch.arange(steps, device=segments_B.device)
+    if convention == "paper":
+        return ((step_K + 1) * segments_B[:, None] // steps - 1).clamp(min=0)
+    spread_BK = step_K * last_B1 // max(steps - 1, 1)
+    return torch.where(segments_B[:, None] >= steps, spread_BK, torch.minimum(step_K, last_B1))

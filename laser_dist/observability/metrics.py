@@ -1,0 +1,85 @@
+"""Scalars of a run: TensorBoard events and metrics.jsonl, written by rank 0 only."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+
+from laser_dist.config import RunConfig, to_toml
+from laser_dist.objective.alignment import TERMS
+
+# name -> (unit, how it is reduced over ranks, what it says)
+SCALARS = {
+    **{f"loss/{term}": ("nats", "mean", f"the {term} term, unweighted") for term in TERMS},
+    "loss/total": ("nats", "mean", "the weighted sum that is minimised"),
+    **{f"weight/{term}": ("1", "equal on all ranks", f"weight of {term} at this step") for term in TERMS},
+    **{f"gradient_norm/{term}": ("1/cosine", "mean", f"norm of d {term} / d vectors and states") for term in TERMS},
+    "train/gradient_norm": ("1", "global", "norm of all gradients before clipping"),
+    "train/learning_rate": ("1", "equal on all ranks", "of this step"),
+    "train/epoch": ("epochs", "equal on all ranks", "passes over the data so far"),
+    "train/positive_mean_rank": ("rank", "mean", "of the positive among all passages; chance is (N + 1) / 2"),
+    "train/latent_top1_accuracy": ("share", "mean", "queries whose latent view ranks the positive first"),
+    "train/explicit_top1_accuracy": ("share", "mean", "the same for the explicit view"),
+    "train/top1_agreement": ("share", "mean", "queries for which both views agree on the first passage"),
+    "train/soft_token_entropy": ("nats", "mean", "of the distributions that soft tokens are made of; at most ln V"),
+    "train/false_negatives_masked": ("share", "mean", "score columns dropped as copies of a row's positive"),
+    "data/prompts_cut": ("share", "mean", "queries and passages that truncation shortened"),
+    "data/rationales_cut": ("share", "mean", "rationales that truncation shortened"),
+    "data/fewer_segments_than_steps": ("share", "mean", "rationales with M < K segments"),
+    "data/queries_reusing_negatives": ("share", "mean", "queries with fewer hard negatives than asked for"),
+    "speed/tokens_per_second": ("tokens/s", "sum", "packed tokens, all ranks"),
+    "speed/queries_per_second": ("queries/s", "sum", "all ranks"),
+    "time/data": ("s", "mean", "per step, waiting for data"),
+    "time/forward": ("s", "mean", "per step, both views and the objective"),
+    "time/backward": ("s", "mean", "per step, gradient reduction included"),
+    "time/optimizer": ("s", "mean", "per step"),
+    "memory/peak": ("GiB", "max", "peak of the accelerator's allocations, or of the process's resident set on CPU"),
+}
+
+
+class MetricsLog:
+    """Writes scalars under their names in SCALARS (and dev/* metrics); silent on other ranks than 0."""
+
+    def __init__(self, folder: Path, *, start_step: int, enabled: bool):
+        self.file = folder / "metrics.jsonl"
+        self.writer: SummaryWriter | None = None
+        if enabled:
+            folder.mkdir(parents=True, exist_ok=True)
+            # What an interrupted run logged after its last checkpoint is about to happen again.
+            self._forget_after(start_step)
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Record values after optimizer step `step`."""
+        if self.writer is None:
+            return
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+
+    def config(self, config: RunConfig) -> None:
+        """The resolved config and the legend of all scalars, as TensorBoard text."""
+        if self.writer is None:
+            return
+        self.writer.add_text("config", "```toml\n" + to_toml(config) + "```")
+        legend = "\n".join(f"| {n} | {u} | {r} | {d} |" for n, (u, r, d) in SCALARS.items())
+        self.writer.add_text("legend", "| scalar | unit | over ranks | meaning |\n|---|---|---|---|\n" + legend)
+        self.writer.flush()
+
+    def _forget_after(self, step: int) -> None:
+        if not self.file.is_file():
+            return
+        rows = [row for row in self.file.read_text(encoding="utf-8").splitlines() if json.loads(row)["step"] <= step]
+        temporary = self.file.with_suffix(".partial")
+        temporary.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+        os.replace(temporary, self.file)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,32 @@
+"""Entry of training: `laser-dist train RECIPE.toml ...` or `deepspeed ... --module laser_dist.train RECIPE.toml ...`."""
+
+import os
+import sys
+import warnings
+
+from laser_dist.cli import run
+from laser_dist.config import load_config
+from laser_dist.ds_config import resolve
+
+EXIT_PREEMPTED = 75
+"""Exit code after a signal asked to stop and a checkpoint was saved: resume later (EX_TEMPFAIL)."""
+
+
+def main(arguments: list[str]) -> int:
+    """Train; everything that can be wrong with the configuration is found before a process group exists."""
+    # The launcher's own argument; the environment says the same.
+    arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    config = load_config(arguments)
+    ds_config = resolve(config.train.deepspeed, config)
+    os.environ.setdefault("WDS_SECURE", "1")
+    # DeepSpeed still calls collectives by the names that torch 2.13 deprecates: a screenful at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+    from laser_dist.trainer import Trainer
+
+    finished = Trainer(config, ds_config).fit()
+    return 0 if finished else EXIT_PREEMPTED
+
+
+if __name__ == "__main__":
+    sys.exit(run("laser_dist.train", sys.argv[1:]))
