@@ -7,8 +7,9 @@ handed to DeepSpeed. Every value is checked before a process group starts; every
 import dataclasses
 import json
 import math
-import types
+import string
 import tomllib
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,17 @@ from laser_dist.errors import UserError, suggest
 def _require(condition: bool, key: str, value: object, remedy: str) -> None:
     if not condition:
         raise UserError(f"{key} = {value!r}: {remedy}")
+
+
+def _check_template(key: str, template: str, required: str, optional: str) -> None:
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(f"{key} = {template!r}: {error}; write {{{{ and }}}} for braces of the text itself") from None
+    _require(required in names, key, template, f"must contain {{{required}}}")
+    for name in names:
+        remedy = f"only {{{required}}} and {{{optional}}} are filled in; write {{{{ and }}}} for other braces"
+        _require(name in (required, optional), key, template, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +100,8 @@ class TextConfig:
     """Longest [query ; rationale ; EOS]; the rationale is cut."""
 
     def __post_init__(self) -> None:
-        _require("{query}" in self.query_template, "text.query_template", self.query_template, "must contain {query}")
-        _require(
-            "{text}" in self.passage_template, "text.passage_template", self.passage_template, "must contain {text}"
-        )
+        _check_template("text.query_template", self.query_template, "query", "instruction")
+        _check_template("text.passage_template", self.passage_template, "text", "title")
         for name in ("max_query_tokens", "max_passage_tokens"):
             _require(getattr(self, name) >= 8, f"text.{name}", getattr(self, name), "must be at least 8")
 
@@ -302,7 +312,7 @@ class RunConfig:
             self.text.max_explicit_tokens >= self.text.max_query_tokens + 2,
             "text.max_explicit_tokens",
             self.text.max_explicit_tokens,
-            f"must exceed text.max_query_tokens = {self.text.max_query_tokens} by at least 2 (a rationale token and EOS)",
+            f"must exceed text.max_query_tokens = {self.text.max_query_tokens} by at least 2 (a rationale token, EOS)",
         )
         files = {name: getattr(self.evaluation, name) for name in ("corpus", "queries", "qrels")}
         given = [name for name, value in files.items() if value]

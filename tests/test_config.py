@@ -76,6 +76,8 @@ def test_recipe_mistakes_name_file_key_and_remedy(recipe, text, told):
         ("thinking", "steps", "0"),
         ("text", "query_template", "'no place for it'"),
         ("text", "passage_template", "'{title}'"),
+        ("text", "passage_template", "'{text} {body}'"),
+        ("text", "query_template", "'{query} {'"),
         ("text", "max_query_tokens", "7"),
         ("data", "negatives", "-1"),
         ("data", "shuffle_shards", "0"),

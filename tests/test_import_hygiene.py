@@ -111,8 +111,10 @@ def test_help_is_instant_and_imports_nothing_heavy():
         "import sys; from laser_dist.cli import main; assert main(['--help']) == 0; "
         "print(sorted({'torch', 'transformers', 'deepspeed', 'numpy', 'tyro'} & set(sys.modules)))"
     )
-    run(code, ROOT)  # the first run writes byte code
-    began = time.monotonic()
-    told = run(code, ROOT)
-    assert time.monotonic() - began < 1
+    seconds = []
+    for _ in range(3):  # the best of three: the first run writes byte code, and the machine has other things to do
+        began = time.monotonic()
+        told = run(code, ROOT)
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 1
     assert told.startswith("usage: laser-dist COMMAND") and told.endswith("[]")

@@ -1,6 +1,5 @@
 """`laser-dist prepare`: sources -> checked shards, or `--check`: a folder of shards -> every hash and every row."""
 
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -72,6 +71,8 @@ class Tally:
     dropped: dict[str, int] = field(default_factory=dict)
 
     def add(self, example: "Example") -> None:
+        from laser_dist.data.text import segment_last_characters
+
         self.sums["examples"] += 1
         self.sums["query"] += len(example.query)
         self.sums["positives"] += len(example.positives)
@@ -79,7 +80,7 @@ class Tally:
         if example.rationale:
             self.sums["rationales"] += 1
             self.sums["rationale"] += len(example.rationale)
-            self.sums["segments"] += len(re.split(r"\n\s*\n", example.rationale.strip()))
+            self.sums["segments"] += len(segment_last_characters(example.rationale))
 
     def drop(self, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1

@@ -206,4 +206,4 @@ def _text(where: str, row: dict[str, Any], field: str) -> str | None:
 def _check_known(what: str, named: Mapping[str, object], known: set[str], source: str | Path) -> None:
     if unknown := [name for name in named if name not in known]:
         listed = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
-        raise UserError(f"{what}: {len(unknown)} not in {source}: {listed}. Use files of one collection and split")
+        raise UserError(f"{what}: {len(unknown)} not in {source}: {listed}; use files of one collection and split")

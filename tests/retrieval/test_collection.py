@@ -131,7 +131,7 @@ def test_collection_must_fit_together(write):
     unknown = write("unknown.tsv", *(f"q\tx{i}\t1" for i in range(5)))
     with pytest.raises(UserError, match=r"unknown\.tsv: corpus-id: 5 not in .*corpus\.jsonl: 'x0', 'x1', 'x2', \.\.\."):
         read_collection(corpus, queries, unknown)
-    with pytest.raises(UserError, match=r"query-id: 1 not in .*queries\.jsonl: 'p'\."):
+    with pytest.raises(UserError, match=r"query-id: 1 not in .*queries\.jsonl: 'p'; use"):
         read_collection(corpus, queries, write("other.tsv", "q\td\t1", "p\td\t1"))
 
 

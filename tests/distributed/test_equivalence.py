@@ -1,0 +1,127 @@
+"""Any number of ranks, ZeRO stage, checkpointing, LoRA or tying gives the update of one process with the whole batch."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from laser_dist.batch import Example, Passage
+from laser_dist.config import ModelConfig, ObjectiveConfig, TextConfig
+from laser_dist.data.text import TextFormat
+from laser_dist.distributed.engine import Engine, init_distributed
+from laser_dist.model.backbone import load_backbone, load_tokenizer, prepare_for_training
+from laser_dist.model.retriever import LaserRetriever
+from laser_dist.objective.alignment import TERMS, AlignmentObjective
+from laser_dist.testing import assert_close_relative, run_distributed, tiny_model_folder
+
+# Gradients here reach 20 and are good to 7e-5 in float32 (against float64): this rate moves weights by up to their own
+# size, so that a term scaled by 2 is far outside the tolerance and rounding is inside.
+QUERIES, PASSAGES_PER_QUERY, LEARNING_RATE = 4, 2, 0.01
+# Sums over ranks and padded lengths come in another order; float32 rounding of that is near 1e-6.
+TOLERANCE = 1e-5
+WORDS = "heat makes steam float above metal while cold stone keeps the drop still and bright under water".split()
+OBJECTIVE = ObjectiveConfig(temperature=0.1, distill_temperature=0.1, output_weight=2.0, trajectory_weight=0.5)
+
+
+def examples() -> list[Example]:
+    """Queries, rationales and passages of odd lengths; two queries share a passage, so that masking is at work."""
+    generator = torch.Generator().manual_seed(3)
+
+    def text(low: int, high: int) -> str:
+        count = int(torch.randint(low, high, (1,), generator=generator))
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (count,), generator=generator))
+
+    made = []
+    for i in range(QUERIES):
+        rationale = "\n\n".join(text(2, 7) for _ in range(1 + i % 4))
+        passages = [Passage(f"p{i}-{j}", text(3, 12)) for j in range(PASSAGES_PER_QUERY)]
+        made.append(Example(f"q{i}", text(3, 9), rationale, (passages[0],), tuple(passages[1:])))
+    shared = Passage("p0-0", made[0].positives[0].text)
+    made[3] = replace(made[3], negatives=(shared,))
+    return made
+
+
+def build(folder: Path, *, lora: bool, checkpointing: bool) -> tuple[LaserRetriever, TextFormat]:
+    config = ModelConfig(
+        name=str(folder),
+        dtype="float32",
+        lora_rank=4 if lora else 0,
+        lora_alpha=8,
+        lora_targets=("q_proj", "v_proj", "up_proj"),
+        activation_checkpointing=checkpointing,
+    )
+    torch.manual_seed(0)
+    lm = prepare_for_training(load_backbone(config), config)
+    for name, parameter in lm.named_parameters():  # LoRA's B starts at zero, where A has no gradient to compare
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return LaserRetriever(lm, steps=3), TextFormat(load_tokenizer(config), TextConfig(), steps=3)
+
+
+def loss_of(model, text: TextFormat, share: list[Example], term: str | None) -> Tensor:
+    batch = text.batch(share, [(e.positives[0], *e.negatives) for e in share], with_rationale=True)
+    loss = AlignmentObjective(OBJECTIVE, 0.1)(model(batch), batch, step=0)
+    return loss.total if term is None else loss.terms[term]
+
+
+def reference_update(folder: Path, *, lora: bool, term: str | None = None) -> dict[str, Tensor]:
+    """One process, the whole batch, plain PyTorch."""
+    model, text = build(folder, lora=lora, checkpointing=False)
+    loss_of(model, text, examples(), term).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= LEARNING_RATE * parameter.grad
+    return {name: p.detach().clone() for name, p in model.lm.named_parameters() if p.requires_grad}
+
+
+def updates_of_rank(rank: int, world_size: int, folders: dict[str, Path], cases: list[tuple]) -> list[dict]:
+    """The updated parameters of each (tying, stage, checkpointing, lora, term)."""
+    init_distributed()
+    mine = QUERIES // world_size
+    share = examples()[rank * mine : (rank + 1) * mine]
+    updates = []
+    for tying, stage, checkpointing, lora, term in cases:
+        model, text = build(folders[tying], lora=lora, checkpointing=checkpointing)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        ds_config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        }
+        engine = Engine(model, torch.optim.SGD(trained, lr=LEARNING_RATE), ds_config)
+        engine.backward(loss_of(engine, text, share, term))
+        engine.step()
+        updates.append(engine.full_state_dict(only_trained=True))
+    return updates
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "tied": tiny_model_folder(root / "tied", architecture="llama", tied=True),
+        "untied": tiny_model_folder(root / "untied", architecture="qwen3", tied=False),
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_update_equals_one_process_with_the_whole_batch(world_size: int, folders: dict[str, Path]) -> None:
+    """Scaling a term by W, a gather without gradient, a K/V lost to checkpointing or a partitioned embedding show here."""
+    cases = list(itertools.product(folders, range(4), (False, True), (False, True), (None,)))
+    if world_size == 2:
+        cases += [(tying, 3, True, False, term) for tying in folders for term in TERMS]
+    actual = run_distributed(updates_of_rank, world_size, folders, cases, timeout=600)[0]
+    references = {}
+    for case, update in zip(cases, actual, strict=True):
+        tying, _, _, lora, term = case
+        if (tying, lora, term) not in references:
+            references[tying, lora, term] = reference_update(folders[tying], lora=lora, term=term)
+        expected = references[tying, lora, term]
+        assert update.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_close_relative(update[name], value, TOLERANCE, f"{name} in {case}, {world_size} ranks")
