@@ -1,10 +1,16 @@
-.PHONY: check test format
+.PHONY: check check-format lint types test format
 
 BIN := $(wildcard .venv/bin/)
 
-check:  ## formatting, lint and types; changes nothing
+check: check-format lint types  ## changes nothing; `make -k check` goes on after a failure
+
+check-format:
 	$(BIN)ruff format --check .
+
+lint:
 	$(BIN)ruff check .
+
+types:
 	$(BIN)mypy
 
 format:  ## make the formatting right, and mend what lint can mend

@@ -10,7 +10,7 @@ One batch, from shard to gradient: Example (data/schema) -> PackedBatch (data/te
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Passage:
+    """A text that can be retrieved."""
+
     id: str
     text: str
     title: str = ""
@@ -66,12 +68,13 @@ class PackedBatch:
         return self.segments_B is not None
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        """The same batch with its tensors on `device`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 class Views(NamedTuple):
-    """What the model makes of a batch. Vectors have unit length; states do not. Teacher fields are None without rationale.
+    """What the model makes of a batch. Vectors have unit length, states do not; None where there is no rationale.
 
     A tuple, because ZeRO-3 looks for the tensors in a module's output and does not look inside other objects.
     """
@@ -84,23 +87,26 @@ class Views(NamedTuple):
     soft_token_entropy: Tensor  # scalar, nats; 0 when K = 1 needs no soft token
 
 
-def pack(rows: Sequence[TokenSequence], eos: int | None = None, **comparison: object) -> PackedBatch:
+def pack(rows: Sequence[TokenSequence], eos: int | None = None, **comparison: Any) -> PackedBatch:
     """Pack rows end to end. Rows with a rationale become [prompt ; rationale ; eos] and must come first.
 
-    `comparison` passes labels_B, positive_keys_BX, passage_keys_P and query_ids through.
+    `comparison` passes queries, labels_B, positive_keys_BX, passage_keys_P and query_ids through.
     """
-    tokens, positions, lengths, ends = [], [], [], []
-    offset = 0
+    tokens: list[int] = []
+    positions: list[int] = []
+    lengths: list[int] = []
+    ends: list[list[int]] = []
     for row in rows:
         ids = list(row.prompt)
         if row.rationale is not None:
-            ends.append([offset + len(ids) + end for end in row.segment_ends or []])
+            if eos is None:
+                raise ValueError("rows with a rationale end with EOS: give its id")
+            ends.append([len(tokens) + len(ids) + end for end in row.segment_ends or []])
             ids += [*row.rationale, eos]
         tokens += ids
         positions += range(len(ids))
         lengths.append(len(ids))
-        offset += len(ids)
-    segments = {}
+    segments: dict[str, Tensor] = {}
     if ends:
         most = max(map(len, ends))
         segments["segment_ends_BM"] = torch.tensor([e + e[-1:] * (most - len(e)) for e in ends])
@@ -110,7 +116,5 @@ def pack(rows: Sequence[TokenSequence], eos: int | None = None, **comparison: ob
         positions_T=torch.tensor(positions),
         lengths_R=torch.tensor(lengths),
         prompt_lengths_R=torch.tensor([len(row.prompt) for row in rows]),
-        queries=int(comparison.pop("queries", 0)),
-        **segments,
-        **comparison,
+        **{"queries": 0, **segments, **comparison},
     )

@@ -9,7 +9,7 @@ from laser_dist.config import OptimizerConfig
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; vectors (norms, biases) do not decay. Call it before parameters are sharded."""
+    """AdamW over the trained parameters; vectors (norms, biases) do not decay. Call it before sharding."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},

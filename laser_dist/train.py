@@ -1,4 +1,4 @@
-"""Entry of training: `laser-dist train RECIPE.toml ...` or `deepspeed ... --module laser_dist.train RECIPE.toml ...`."""
+"""Entry of training: `laser-dist train RECIPE.toml ...` or `deepspeed --module laser_dist.train RECIPE.toml ...`."""
 
 import os
 import sys

@@ -21,6 +21,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 # Tests run even when lint fails: one run then tells everything. The exit code is a failure if either failed.
 status=0
-make --no-print-directory check || status=1
+make --keep-going --no-print-directory check || status=1
 python -m pytest "$@" || status=$?
 exit "$status"

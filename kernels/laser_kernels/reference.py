@@ -69,9 +69,9 @@ def kept_columns(
     if query_ids is None and margin is None:
         return None
     keep_BN = torch.ones_like(scores_BN, dtype=torch.bool)
-    if query_ids is not None:
+    if query_ids is not None and passage_ids is not None:
         positives_BX = query_ids if query_ids.dim() == 2 else query_ids[:, None]
-        keep_BN &= (positives_BX[:, :, None] != passage_ids).all(1)
+        keep_BN &= positives_BX[:, :, None].ne(passage_ids).all(1)
     if margin is not None:
         keep_BN &= scores_BN <= scores_BN.gather(1, labels_B[:, None]) + margin
     return keep_BN.scatter(1, labels_B[:, None], True)

@@ -38,16 +38,16 @@ class TextFormat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TextConfig, *, steps: int = 1):
         if not tokenizer.is_fast:
-            raise UserError(f"{tokenizer.name_or_path}: a fast tokenizer is needed (segments are found by text offsets)")
+            raise UserError(f"{tokenizer.name_or_path}: a fast tokenizer is needed: segments are found by offsets")
         self.tokenizer = tokenizer
         self.config = config
         self.steps = steps
         self.head, self.tail = self._frame()
         self.counts = TextCounts()
-        longest_frame = len(self.head) + len(self.tail)
+        frame = len(self.head) + len(self.tail)
         for name in ("max_query_tokens", "max_passage_tokens"):
-            if longest_frame >= getattr(config, name):
-                raise UserError(f"text.{name} = {getattr(config, name)}: the chat template alone takes {longest_frame} tokens")
+            if frame >= getattr(config, name):
+                raise UserError(f"text.{name} = {getattr(config, name)}: the chat template alone takes {frame} tokens")
 
     @property
     def eos(self) -> int:
@@ -58,6 +58,10 @@ class TextFormat:
                 "set eos_token in its tokenizer_config.json"
             )
         return self.tokenizer.eos_token_id
+
+    def require_eos(self) -> None:
+        """UserError unless the tokenizer has an EOS token."""
+        _ = self.eos
 
     def query(self, text: str, instruction: str | None = None) -> list[int]:
         """Prompt ids of a query, at most max_query_tokens."""

@@ -52,7 +52,9 @@ class CheckpointStore:
         self.folder = folder
         self.config = config
 
-    def save(self, engine: Engine, state: TrainerState, tokenizer: PreTrainedTokenizerBase, card: RetrieverCard) -> Path:
+    def save(
+        self, engine: Engine, state: TrainerState, tokenizer: PreTrainedTokenizerBase, card: RetrieverCard
+    ) -> Path:
         """Write a checkpoint of `state.step` and point `latest` at it; returns its folder."""
         final = self.folder / f"step-{state.step:06d}"
         staging = self.folder / f".{final.name}.partial"
@@ -62,9 +64,7 @@ class CheckpointStore:
         barrier()
         _save_model(engine, staging / "model", tokenizer, card)
         frozen = any(not p.requires_grad for p in engine.module.parameters())
-        engine.ds.save_checkpoint(
-            str(staging), tag="deepspeed", save_latest=False, exclude_frozen_parameters=frozen
-        )
+        engine.ds.save_checkpoint(str(staging), tag="deepspeed", save_latest=False, exclude_frozen_parameters=frozen)
         save_file(_rng_state(engine.device), staging / f"rng_{rank():05d}.safetensors")
         barrier()
         if rank() == 0:
@@ -115,8 +115,8 @@ class CheckpointStore:
         state = read_state(checkpoint)
         if (state.world_size, state.stage) != (world_size(), engine.stage):
             raise UserError(
-                f"{checkpoint} was written by {state.world_size} ranks with ZeRO-{state.stage}; this run has "
-                f"{world_size()} ranks with ZeRO-{engine.stage}: resume with the same, or start a new run from its model/"
+                f"{checkpoint} was written by {state.world_size} ranks with ZeRO-{state.stage}, this run has "
+                f"{world_size()} with ZeRO-{engine.stage}: resume with the same, or start a new run from its model/"
             )
         if state.fingerprint != fingerprint:
             raise UserError(

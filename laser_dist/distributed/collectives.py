@@ -1,11 +1,13 @@
 """Collectives of the objective. All are the identity in a single process; all ranks must call them alike."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 # torch 2.13 renames the two and warns at every call of the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -45,22 +47,24 @@ class _GatherRows(torch.autograd.Function):
         return gather_rows(rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:])
         _reduce_scatter(own, gradient.contiguous(), op=dist.ReduceOp.SUM)
         return own
-
-
-def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """The mean over ranks of each value; keys must be equal on all ranks."""
-    table = gather_table(values)
-    return {name: sum(row[name] for row in table) / len(table) for name in values}
 
 
 def gather_table(values: dict[str, float]) -> list[dict[str, float]]:
     """Every rank's values, as one dict per rank."""
     rows = gather_rows(torch.tensor([list(values.values())], dtype=torch.float64, device=_device()))
     return [dict(zip(values, row, strict=True)) for row in rows.tolist()]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, in rank order; slow, for rare occasions."""
+    everyone: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def merge_rows(rows: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The training engine: DeepSpeed behind the five calls that the trainer needs. Only this file and checkpoint.py know it.
+"""The training engine: DeepSpeed behind the few calls that the trainer needs; only this file and checkpoint.py know it.
 
 forward -> backward (per micro-batch; gradients are averaged over micro-batches and ranks) -> step (clip, update).
 """
@@ -18,6 +18,11 @@ from laser_dist.batch import PackedBatch, Views
 
 class NonFiniteGradient(RuntimeError):
     """The global gradient norm is not a number; no parameter was changed."""
+
+
+def launched_world_size() -> int:
+    """Ranks that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def init_distributed() -> torch.device:
@@ -109,4 +114,3 @@ def _register_external_parameters(module: nn.Module) -> None:
     for child in module.modules():
         for parameter in getattr(child, "external_parameters", list)():
             deepspeed.zero.register_external_parameter(child, parameter)
-

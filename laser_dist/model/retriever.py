@@ -17,7 +17,7 @@ from laser_dist.model.thinking import SoftToken, aligned_segments
 
 
 class LaserRetriever(nn.Module):
-    """A causal LM (plain or with LoRA) as a retriever that thinks K latent steps; its forward is ZeRO's root forward."""
+    """A causal LM, plain or with LoRA, as a retriever that thinks K latent steps; ZeRO's root forward."""
 
     def __init__(self, lm: nn.Module, *, steps: int = 3, convention: str = "official"):
         super().__init__()

@@ -17,7 +17,7 @@ class SoftToken(nn.Module):
         object.__setattr__(self, "embedding", embedding)
 
     def external_parameters(self) -> list[nn.Parameter]:
-        return [self.embedding.weight]
+        return [self.embedding.weight]  # type: ignore[list-item]
 
     def forward(self, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (R, V) -> soft tokens (R, D) and their mean entropy (nats, detached)."""
@@ -34,9 +34,15 @@ def aligned_segments(segments_B: Tensor, steps: int, convention: str) -> Tensor:
     official: linspace(0, M-1, K) rounded down, or each segment once and then the last again where M < K.
     paper: floor(i M / K), i = 1..K, counted from 1; where M < K the first steps share the first segment.
     """
-    last_B1 = segments_B[:, None] - 1
-    step_K = torch.arange(steps, device=segments_B.device)
     if convention == "paper":
-        return ((step_K + 1) * segments_B[:, None] // steps - 1).clamp(min=0)
-    spread_BK = step_K * last_B1 // max(steps - 1, 1)
-    return torch.where(segments_B[:, None] >= steps, spread_BK, torch.minimum(step_K, last_B1))
+        step_K = torch.arange(1, steps + 1, device=segments_B.device)
+        return (step_K * segments_B[:, None] // steps - 1).clamp(min=0)
+    rows = [_spread(segments, steps) for segments in segments_B.tolist()]
+    return torch.stack(rows).to(segments_B.device)
+
+
+def _spread(segments: int, steps: int) -> Tensor:
+    if segments < steps:
+        return torch.arange(steps).clamp(max=segments - 1)
+    # Not `i (M - 1) // (K - 1)`: the published code rounds linspace's float32 down, which is 1 less at, say, M 17, K 15.
+    return torch.linspace(0, segments - 1, steps, dtype=torch.float32).long()

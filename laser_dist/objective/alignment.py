@@ -1,6 +1,7 @@
-"""The objective: LaSER's four terms with their weights, over passages gathered from all ranks (spec: "The objective")."""
+"""The objective: LaSER's four terms with their weights, over passages gathered from all ranks (see spec)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from laser_kernels import alignment_loss
@@ -44,10 +45,11 @@ class AlignmentObjective:
     def __call__(self, views: Views, batch: PackedBatch, step: int) -> LossTerms:
         """Compare this rank's B queries with the N passages of all ranks; called by every rank alike."""
         config, weights = self.config, self.weights(step)
+        assert batch.labels_B is not None, "a batch without queries has nothing to compare"
         passages_ND = gather_rows_with_gradient(views.passage_PD)
         labels_B = batch.labels_B + rank() * len(views.passage_PD)
-        mask: dict[str, Tensor] = {}
-        if config.mask_false_negatives:
+        mask: dict[str, Any] = {}
+        if config.mask_false_negatives and batch.passage_keys_P is not None:
             mask = {"query_ids": batch.positive_keys_BX, "passage_ids": gather_rows(batch.passage_keys_P)}
         with_teacher = views.teacher_BD is not None and (config.explicit_weight > 0 or config.output_weight > 0)
         with_steps = views.segments_BKD is not None and config.trajectory_weight > 0
@@ -55,7 +57,7 @@ class AlignmentObjective:
             views.query_BD,
             views.teacher_BD if with_teacher else None,
             unit(views.query_steps_BKD) if with_steps else None,
-            unit(views.segments_BKD.detach()) if with_steps else None,
+            unit(views.segments_BKD.detach()) if with_steps and views.segments_BKD is not None else None,
             passages_ND,
             labels_B,
             temperature=config.temperature,
@@ -65,12 +67,12 @@ class AlignmentObjective:
         )
         terms = dict(zip(TERMS, values, strict=True))
         # A term of weight 0 stays out of the graph: it is reported where it comes for free, and costs no backward.
-        total = sum(weights[name] * value for name, value in terms.items() if weights[name] > 0)
+        total = torch.stack([weights[name] * value for name, value in terms.items() if weights[name] > 0]).sum()
         return LossTerms(terms, total, self._diagnostics(views, passages_ND, labels_B, mask))
 
     @torch.no_grad()
     def _diagnostics(
-        self, views: Views, passages_ND: Tensor, labels_B: Tensor, mask: dict[str, Tensor]
+        self, views: Views, passages_ND: Tensor, labels_B: Tensor, mask: dict[str, Any]
     ) -> dict[str, Tensor]:
         scores_BN = views.query_BD @ passages_ND.T
         own_B1 = scores_BN.gather(1, labels_B[:, None])

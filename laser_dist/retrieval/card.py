@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from laser_dist.config import TextConfig, ThinkingConfig
+from laser_dist.config import RunConfig, TextConfig, ThinkingConfig
 from laser_dist.errors import UserError
 
 FILE = "laser_dist.json"
@@ -23,6 +23,10 @@ class RetrieverCard:
     layers: int | None = None
     """Decoder layers kept of the backbone, where it was truncated."""
 
+    @classmethod
+    def of(cls, config: RunConfig) -> "RetrieverCard":
+        return cls(thinking=config.thinking, text=config.text, backbone=config.model.name, layers=config.model.layers)
+
     def save(self, folder: Path) -> None:
         data = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         (folder / FILE).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -37,8 +41,6 @@ class RetrieverCard:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("format_version") != FORMAT_VERSION:
                 raise UserError(f"{path}: another format version than {FORMAT_VERSION}; update laser_dist")
-            return cls(
-                thinking=ThinkingConfig(**data.pop("thinking")), text=TextConfig(**data.pop("text")), **data
-            )
+            return cls(thinking=ThinkingConfig(**data.pop("thinking")), text=TextConfig(**data.pop("text")), **data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is broken ({error}); copy it again from the checkpoint or export") from error

@@ -10,13 +10,14 @@ import torch
 from rich.progress import track
 
 from laser_dist.batch import Passage, TokenSequence, pack
-from laser_dist.config import ModelConfig
+from laser_dist.config import ModelConfig, RunConfig
 from laser_dist.data.text import TextFormat
 from laser_dist.distributed.collectives import merge_rows, rank, world_size
 from laser_dist.errors import UserError
 from laser_dist.model.backbone import DTYPES, load_backbone, load_tokenizer
 from laser_dist.model.retriever import LaserRetriever
 from laser_dist.retrieval.card import RetrieverCard
+from laser_dist.run_folder import latest_checkpoint
 
 
 class LaserEncoder:
@@ -69,6 +70,14 @@ class LaserEncoder:
         retriever = LaserRetriever(lm, steps=card.thinking.steps, convention=card.thinking.convention)
         text = TextFormat(tokenizer, card.text)
         return cls(retriever.to(device).eval(), text, card, batch_tokens=batch_tokens)
+
+    @classmethod
+    def from_config(cls, config: RunConfig, **options: Any) -> "LaserEncoder":
+        """The untrained backbone of a run, with the run's thinking and text settings."""
+        card = RetrieverCard.of(config)
+        lm, text = load_backbone(config.model), TextFormat(load_tokenizer(config.model), config.text)
+        retriever = LaserRetriever(lm, steps=config.thinking.steps, convention=config.thinking.convention)
+        return cls(retriever.eval(), text, card, **options)
 
     @property
     def dim(self) -> int:
@@ -149,7 +158,7 @@ def model_folder(path: str | Path) -> str:
     """The model folder in `path`: itself, or a checkpoint's model/, or a run's newest checkpoint's; else a hub id."""
     folder = Path(path).expanduser()
     if (folder / "checkpoints" / "latest").is_file():
-        folder = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+        folder = latest_checkpoint(folder)
     if (folder / "model").is_dir():
         folder = folder / "model"
     if folder.is_dir():

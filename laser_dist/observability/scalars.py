@@ -1,0 +1,54 @@
+"""The scalars of a step: collected per micro-batch on each rank, then reduced over ranks as SCALARS says."""
+
+import torch
+
+from laser_dist.data.loader import TrainingBatch
+from laser_dist.distributed.collectives import gather_table
+from laser_dist.objective.alignment import LossTerms
+from laser_dist.observability.clock import StepClock, peak_memory_gib
+
+Scalars = dict[str, float]
+
+
+def micro_batch_scalars(loaded: TrainingBatch, loss: LossTerms) -> Scalars:
+    """What one rank knows of one micro-batch."""
+    counts = loaded.counts
+    shares = {
+        "prompts_cut": counts["prompts_cut"] / counts["rows"],
+        "queries_reusing_negatives": counts["queries_reusing_negatives"] / loaded.packed.queries,
+    }
+    for name in ("rationales_cut", "fewer_segments_than_steps") if counts["rationales"] else ():
+        shares[name] = counts[name] / counts["rationales"]
+    return {
+        **{f"loss/{name}": float(value.detach()) for name, value in loss.terms.items()},
+        "loss/total": float(loss.total.detach()),
+        **{f"train/{name}": float(value) for name, value in loss.diagnostics.items()},
+        **{f"data/{name}": value for name, value in shares.items()},
+        "tokens": float(len(loaded.packed.tokens_T)),
+    }
+
+
+def step_scalars(micro_batches: list[Scalars], clock: StepClock, queries_per_step: int) -> Scalars:
+    """Means over micro-batches and ranks, and speed from the step's wall time. A collective: all ranks call it."""
+    own = {name: sum(row[name] for row in micro_batches) / len(micro_batches) for name in micro_batches[0]}
+    own["tokens"] *= len(micro_batches)
+    own |= {f"time/{name}": value for name, value in clock.reset().items()}
+    own["memory/peak"] = peak_memory_gib(clock.device)
+    table = gather_table(own)
+    values = {name: sum(row[name] for row in table) / len(table) for name in own}
+    values["memory/peak"] = max(row["memory/peak"] for row in table)
+    wall = sum(value for name, value in values.items() if name.startswith("time/"))
+    values["speed/tokens_per_second"] = values.pop("tokens") * len(table) / wall
+    values["speed/queries_per_second"] = queries_per_step / wall
+    return values
+
+
+def term_gradient_norms(loss: LossTerms, inputs: list[torch.Tensor]) -> Scalars:
+    """Norm of each term's gradient with respect to this rank's vectors and states. A collective."""
+    inputs = [x for x in inputs if x.requires_grad]
+    norms = {}
+    for name, term in loss.terms.items():
+        if term.requires_grad:
+            found = torch.autograd.grad(term, inputs, retain_graph=True, allow_unused=True)
+            norms[f"gradient_norm/{name}"] = float(torch.nn.utils.get_total_norm([g for g in found if g is not None]))
+    return norms
