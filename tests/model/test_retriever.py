@@ -1,19 +1,21 @@
 """The packed step equals the published one in value and in every gradient, and does no more work than it says.
 
 All in float64. transformers' RMSNorm computes in float32 even then, which rounds a shared prefix's gradient once and
-that of separate passes once each (1e-8 relative); `causal_lm` lifts that, so that equal mathematics is equal to 1e-12.
+that of separate passes once each (1e-8 relative); `causal_lm` lifts that, so that equal mathematics is equal to 1e-11.
 """
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from laser_dist.batch import PackedBatch, TokenSequence, pack
+from laser_dist.batch import PackedBatch, TokenSequence, Views, pack
 from laser_dist.config import ModelConfig, ObjectiveConfig
+from laser_dist.errors import UserError
 from laser_dist.model.attention import NAME
 from laser_dist.model.backbone import prepare_for_training
 from laser_dist.model.retriever import LaserRetriever
@@ -21,9 +23,9 @@ from laser_dist.objective.alignment import AlignmentObjective
 from laser_dist.testing import assert_close_relative, tiny_model_folder
 from laser_dist.testing.published import PublishedStep, all_rows_loss
 
-TOLERANCE = 1e-9
+TOLERANCE = 1e-10
 EOS = 0
-# The second passage of a query is as long as no other row; rationales have 1 (of one token), 2, 7 and 3 segments.
+# Odd and even lengths, prompts of one token; rationales of 1 segment (one token), 2, 7 and 3 segments.
 PROMPTS = [5, 1, 9, 4]
 SEGMENTS = [[1], [3, 2], [2, 1, 1, 4, 3, 1, 2], [1, 1, 5]]
 PASSAGES = [7, 3, 11, 1, 6, 13, 2, 8]
@@ -70,26 +72,30 @@ def packed_batch(queries: int = 4) -> PackedBatch:
     return pack([*rows, *passages], EOS, queries=queries, labels_B=2 * torch.arange(queries))
 
 
-def loss_and_gradients(step: nn.Module, batch: PackedBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def loss_and_gradients(step: nn.Module, batch: PackedBatch) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
     """The four terms and their total, and the gradient of every parameter."""
     objective = AlignmentObjective(ObjectiveConfig(mask_false_negatives=False), 0.05)
-    loss_of = all_rows_loss if isinstance(step, PublishedStep) else objective.__class__.__call__
+    loss_of = all_rows_loss if isinstance(step, PublishedStep) else AlignmentObjective.__call__
     loss = loss_of(objective, step(batch), batch, 0)
     loss.total.backward()
     gradients = {name: parameter.grad for name, parameter in step.lm.named_parameters()}
     return {**loss.terms, "total": loss.total}, gradients
 
 
-def assert_same_step(actual: nn.Module, expected: nn.Module, batch: PackedBatch) -> None:
+def assert_same_step(actual: nn.Module, expected: nn.Module, batch: PackedBatch, tolerance: float = TOLERANCE) -> None:
     values, gradients = loss_and_gradients(actual, batch)
     expected_values, expected_gradients = loss_and_gradients(expected, batch)
     for name, value in expected_values.items():
         assert value > 0
-        assert_close_relative(values[name], value, TOLERANCE, name)
+        assert_close_relative(values[name], value, tolerance, name)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
-        assert gradient.any(), f"{name} has no gradient to compare"
-        assert_close_relative(gradients[name], gradient, TOLERANCE, f"gradient of {name}")
+        if gradient is None:  # without a soft token nobody reads the LM head
+            assert name == "lm_head.weight" and expected.steps == 1 and expected.convention == "official"
+            assert gradients[name] is None
+        else:
+            assert gradient.any(), f"{name} has no gradient to compare"
+            assert_close_relative(gradients[name], gradient, tolerance, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
@@ -99,19 +105,167 @@ def assert_same_step(actual: nn.Module, expected: nn.Module, batch: PackedBatch)
 def test_step_equals_the_published_one(folders, architecture, tied, steps, convention, cached):
     folder, options = folders[architecture, tied], {"steps": steps, "convention": convention}
     published = PublishedStep(causal_lm(folder, "sdpa"), checkpointing=not cached, **options)
-    if not tied and steps == 1 and convention == "official":
-        published.lm.lm_head.requires_grad_(False)  # no soft token: nothing reads the LM head
-    ours = packed(folder, **options)
-    ours.lm.load_state_dict(published.lm.state_dict())
-    for (_, mine), theirs in zip(ours.lm.named_parameters(), published.lm.parameters(), strict=True):
-        mine.requires_grad_(theirs.requires_grad)
-    batch = packed_batch()
-    values, gradients = loss_and_gradients(ours, batch)
-    expected_values, expected_gradients = loss_and_gradients(published, batch)
-    for name, value in expected_values.items():
-        assert value > 0
-        assert_close_relative(values[name], value, TOLERANCE, name)
-    for name, parameter in published.lm.named_parameters():
-        if parameter.requires_grad:
-            assert expected_gradients[name].any(), f"{name} has no gradient to compare"
-            assert_close_relative(gradients[name], expected_gradients[name], TOLERANCE, f"gradient of {name}")
+    assert_same_step(packed(folder, **options), published, packed_batch())
+
+
+@pytest.mark.parametrize("architecture, tied", LMS)
+def test_one_query_equals_the_published_step(folders, architecture, tied):
+    folder = folders[architecture, tied]
+    assert_same_step(packed(folder), PublishedStep(causal_lm(folder, "sdpa")), packed_batch(1))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("architecture, tied", LMS)
+def test_checkpointing_changes_nothing(folders, architecture, tied, steps):
+    folder, batch = folders[architecture, tied], packed_batch()
+    plain, plain_gradients = loss_and_gradients(packed(folder, steps=steps), batch)
+    values, gradients = loss_and_gradients(packed(folder, steps=steps, checkpointing=True), batch)
+    assert all(torch.equal(values[name], value) for name, value in plain.items())
+    for name, gradient in plain_gradients.items():
+        if gradient is not None:
+            assert_close_relative(gradients[name], gradient, 1e-12, f"gradient of {name}")
+
+
+def test_rationale_never_reaches_the_latent_view(folders):
+    model = packed(folders["llama", True])
+    rows, passages = sequences()
+    batch = pack([*rows, *passages], EOS, queries=4)
+    others = [replace(row, rationale=[token + 1 for token in row.rationale]) for row in rows]
+    views, changed = model(batch), model(pack([*others, *passages], EOS, queries=4))
+    assert not torch.allclose(views.teacher_BD, changed.teacher_BD)  # the change is one that shows
+    for name in ("query_BD", "passage_PD", "query_steps_BKD"):
+        assert torch.equal(getattr(views, name), getattr(changed, name)), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_latent_view_sends_no_gradient_into_the_rationale(folders, checkpointing):
+    model, batch, inputs = packed(folders["qwen3", False], checkpointing=checkpointing), packed_batch(), []
+    model.base.get_input_embeddings().register_forward_hook(lambda *call: inputs.append(call[-1]))
+    views = model(batch)
+    prompt_T = torch.cat([
+        torch.arange(length) < prompt for length, prompt in zip(batch.lengths_R, batch.prompt_lengths_R, strict=True)
+    ])  # fmt: skip
+    latent = views.query_steps_BKD.square().sum() + views.passage_PD[:, 0].sum()
+    (gradient_TD,) = torch.autograd.grad(latent, inputs, retain_graph=True)
+    assert gradient_TD[prompt_T].any(1).all() and not gradient_TD[~prompt_T].any()
+    (gradient_TD,) = torch.autograd.grad(views.teacher_BD.sum(), inputs)
+    queries_T = torch.arange(len(prompt_T)) < batch.lengths_R[:4].sum()
+    assert gradient_TD[queries_T].any(1).all() and not gradient_TD[~queries_T].any()
+
+
+def test_shared_prefix_equals_rows_of_their_own(folders):
+    """Tokens, lengths and padding differ between the two, so their sums run in another order: 1e-12, not bit for bit."""
+    model = packed(folders["qwen3", True])
+    rows, passages = sequences()
+    views = model(packed_batch())
+    alone = model(pack([*(TokenSequence(row.prompt) for row in rows), *passages], queries=4))
+    assert alone.teacher_BD is None and alone.segments_BKD is None
+    for name in ("query_BD", "passage_PD", "query_steps_BKD", "soft_token_entropy"):
+        assert_close_relative(getattr(views, name), getattr(alone, name), 1e-12, name)
+
+
+def test_rows_do_not_see_each_other(folders):
+    model = packed(folders["llama", False], steps=5)
+    rows, passages = sequences()
+    views = model(packed_batch())
+    for i, row in enumerate(rows):
+        alone = model(pack([row, passages[i]], EOS, queries=1))
+        assert_views_close(alone, views, [i], [i])
+    order = [3, 1, 0, 2]
+    permuted = model(pack([*(rows[i] for i in order), *reversed(passages)], EOS, queries=4))
+    assert_views_close(permuted, views, order, list(reversed(range(8))))
+
+
+def assert_views_close(actual: Views, expected: Views, queries: list[int], passages: list[int]) -> None:
+    for name in ("query_BD", "query_steps_BKD", "teacher_BD", "segments_BKD"):
+        assert_close_relative(getattr(actual, name), getattr(expected, name)[queries], 1e-12, name)
+    assert_close_relative(actual.passage_PD, expected.passage_PD[passages], 1e-12, "passage_PD")
+
+
+def test_batch_without_queries(folders):
+    model = packed(folders["llama", True])
+    _, passages = sequences()
+    views = model(pack(passages))
+    assert views.query_BD.shape == (0, 48) and views.query_steps_BKD.shape == (0, 3, 48) and views.teacher_BD is None
+    assert_close_relative(views.passage_PD, model(packed_batch()).passage_PD, 1e-12)
+
+
+def test_vectors_have_unit_length_in_float32_at_least(folders):
+    model = packed(folders["llama", True]).to(torch.bfloat16)
+    views = model(packed_batch())
+    for vectors in (views.query_BD, views.passage_PD, views.teacher_BD):
+        assert vectors.dtype == torch.float32
+        assert_close_relative(vectors.norm(dim=-1), torch.ones(len(vectors)), 1e-6)
+    assert views.query_steps_BKD.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("convention, sweeps", [("official", 3), ("paper", 4)])
+def test_work_of_one_forward(folders, convention, sweeps, checkpointing):
+    """One sweep over all T tokens, then one token per row and step; the LM head never sees a whole text."""
+    model = packed(folders["qwen3", False], steps=3, convention=convention, checkpointing=checkpointing)
+    batch, swept, decoded = packed_batch(), [], []
+    model.decoder.register_forward_pre_hook(
+        lambda _, args, inputs: swept.append(tuple(inputs["inputs_embeds"].shape)), with_kwargs=True
+    )
+    model.base.lm_head.register_forward_pre_hook(lambda _, args: decoded.append(tuple(args[0].shape)))
+    model(batch).query_BD.sum().backward()
+    tokens, rows = len(batch.tokens_T), len(batch.lengths_R)
+    assert swept == [(1, tokens, 48)] + [(1, rows, 48)] * (sweeps - 1)
+    assert decoded == [(rows, 48)] * (sweeps - 1)
+
+
+@pytest.mark.parametrize("architecture", ["codegen", "bloom"])
+def test_model_with_attention_of_its_own_is_refused(architecture):
+    config = AutoConfig.for_model(
+        architecture, vocab_size=32, n_embd=16, hidden_size=16, n_layer=1, n_head=4, rotary_dim=4
+    )
+    model = LaserRetriever(AutoModelForCausalLM.from_config(config, attn_implementation=NAME))
+    with pytest.raises(UserError, match="ignores transformers' attention registry"):
+        model(pack([TokenSequence([1, 2, 3]), TokenSequence([4])]))
+
+
+def test_packed_model_called_past_the_retriever_is_refused(folders):
+    with pytest.raises(UserError, match="call it through LaserRetriever"):
+        causal_lm(folders["llama", True], NAME)(torch.tensor([[1, 2]]))
+
+
+def test_text_beyond_a_sliding_window_is_refused():
+    config = AutoConfig.for_model(
+        "mistral", vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=6,
+    )  # fmt: skip
+    model = LaserRetriever(AutoModelForCausalLM.from_config(config, attn_implementation=NAME), steps=3)
+    assert model(pack([TokenSequence([1, 2, 3, 4])])).passage_PD.isfinite().all()
+    with pytest.raises(UserError, match="sliding window of 6"):
+        model(pack([TokenSequence([1, 2, 3, 4, 5])]))
+
+
+def tiny_lm(architecture: str, **options: object) -> nn.Module:
+    config = AutoConfig.for_model(
+        architecture, vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
+
+
+@pytest.mark.xfail(strict=True, reason="a layer that mixes tokens past the registry sees other rows, unnoticed")
+def test_model_with_some_layers_beside_the_registry_is_refused():
+    model = LaserRetriever(tiny_lm("lfm2", layer_types=["conv", "full_attention"]))
+    with pytest.raises(UserError):
+        model(pack([TokenSequence([1, 2, 3]), TokenSequence([4])]))
+
+
+@pytest.mark.xfail(strict=True, reason="attention sinks reach packed_attention as a keyword, which it drops")
+def test_model_with_attention_sinks_is_refused():
+    model = LaserRetriever(tiny_lm("gpt_oss", num_local_experts=2, num_experts_per_tok=1))
+    with pytest.raises(UserError):
+        model(pack([TokenSequence([1, 2, 3]), TokenSequence([4])]))
+
+
+@pytest.mark.xfail(strict=True, reason="an embedding module that scales its weight gets soft tokens without the scale")
+def test_soft_token_of_a_certain_token_is_its_embedding():
+    model = LaserRetriever(tiny_lm("gemma3_text"))  # refusing it would do as well
+    certain_RV = torch.nn.functional.one_hot(torch.tensor([5]), 32) * 1e4
+    assert_close_relative(model.soft_token(certain_RV)[0], model.base.get_input_embeddings()(torch.tensor([5])), 1e-6)

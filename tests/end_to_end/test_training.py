@@ -1,0 +1,249 @@
+"""Whole runs of a tiny model: resume is exact, faults stop cleanly, scalars and checkpoints are what they claim."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from laser_dist import LaserEncoder
+from laser_dist.data import sample_folder
+from laser_dist.observability.metrics import SCALARS
+from laser_dist.testing import tiny_model_folder
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, 24 training examples and a dev set of 12 passages."""
+    root = tmp_path_factory.mktemp("setting")
+    tiny_model_folder(root / "model", tied=True)
+    rows = [json.loads(line) for line in (sample_folder() / "train.jsonl").read_text().splitlines()[:24]]
+    for row in rows:  # short texts: these tests are about the machinery
+        row["query"], row["rationale"] = row["query"][:60], row["rationale"][:120]
+        for passage in row["positives"] + row["negatives"]:
+            passage["text"] = passage["text"][:60]
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    passages = [row["positives"][0] for row in rows[:12]]
+    (root / "corpus.jsonl").write_text(
+        "".join(json.dumps({"id": f"d{i}", "text": p["text"]}) + "\n" for i, p in enumerate(passages))
+    )
+    (root / "queries.jsonl").write_text(
+        "".join(json.dumps({"id": f"q{i}", "text": row["query"]}) + "\n" for i, row in enumerate(rows[:4]))
+    )
+    (root / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\td{i}\t1\n" for i in range(4)))
+    run("prepare", "--source", root / "train.jsonl", "--out", root / "shards", "--shard-examples", 7)
+    (root / "recipe.toml").write_text(
+        f"""
+[model]
+name = "{root}/model"
+dtype = "float32"
+activation_checkpointing = true
+[data]
+train = "{root}/shards"
+[objective]
+temperature = 0.05
+distill_temperature = 0.05
+output_weight = 1.0
+ramp_steps = 3
+[optimizer]
+learning_rate = 3e-3
+[train]
+queries_per_rank = 2
+accumulation = 2
+max_steps = {STEPS}
+deepspeed = "zero3-test"
+[checkpoint]
+every = 2
+"""
+    )
+    return root
+
+
+def run(
+    *arguments: object, ranks: int = 0, check: bool = True, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """`laser-dist ARGUMENTS`, or the deepspeed launcher on the module of the command."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    result = subprocess.run(
+        command(*arguments, ranks=ranks), env=environment, capture_output=True, text=True, timeout=300
+    )
+    if check:
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+def command(*arguments: object, ranks: int = 0) -> list[str]:
+    name, *rest = map(str, arguments)
+    if not ranks:
+        return [sys.executable, "-m", "laser_dist.cli", name, *rest]
+    port = 20000 + os.getpid() % 20000
+    launcher = ["deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", str(port)]
+    return [sys.executable, "-m", *launcher, "--module", f"laser_dist.{name}", *rest]
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step-{step:06d}" / "model" / "model.safetensors")
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_run_resumes_exactly(setting: Path, tmp_path: Path) -> None:
+    """Parameters after the last step equal the uninterrupted run's bit for bit; no step is logged twice."""
+    recipe = setting / "recipe.toml"
+    run("train", recipe, "--output", tmp_path / "whole", ranks=2)
+
+    process = subprocess.Popen(
+        command("train", recipe, "--output", tmp_path / "killed", ranks=2),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    wait_for(lambda: (tmp_path / "killed/checkpoints/step-000004/manifest.json").is_file())
+    os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "killed")], check=False)
+    process.wait()
+
+    run("train", recipe, "--output", tmp_path / "killed", "--resume", ranks=2)
+    expected, actual = weights(tmp_path / "whole", STEPS), weights(tmp_path / "killed", STEPS)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    losses = [[row["loss/total"] for row in rows(tmp_path / name)] for name in ("whole", "killed")]
+    assert len(losses[0]) == STEPS and losses[0] == losses[1]
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def finished(setting: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in one process with evaluation, per-term gradient norms and LoRA off."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    run("train", setting / "recipe.toml", "--output", folder, "--evaluation.corpus", setting / "corpus.jsonl",
+        "--evaluation.queries", setting / "queries.jsonl", "--evaluation.qrels", setting / "qrels.tsv",
+        "--evaluation.every", 3, "--logging.term-gradient-norms-every", 2, "--checkpoint.keep", 1)  # fmt: skip
+    return folder
+
+
+def test_scalars_are_documented_finite_and_in_tensorboard(finished: Path) -> None:
+    seen = {name for row in rows(finished) for name in row} - {"step"}
+    assert {name for name in seen if not name.startswith("dev/")} == set(SCALARS)
+    assert {"dev/ndcg@10", "dev/recall@100"} <= seen
+    assert all(abs(value) < 1e9 for row in rows(finished) for value in row.values())
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    assert seen == set(events.Tags()["scalars"])
+    assert "config/text_summary" in events.Tags()["tensors"]
+    ramp = [row["weight/kl_output"] for row in rows(finished) if "weight/kl_output" in row]
+    assert ramp[:4] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+
+
+def test_checkpoints_keep_the_newest_and_the_best(finished: Path) -> None:
+    kept = {folder.name for folder in (finished / "checkpoints").glob("step-*")}
+    best = (finished / "checkpoints" / "best").read_text().strip()
+    assert (finished / "checkpoints" / "latest").read_text().strip() == f"step-{STEPS:06d}"
+    assert kept == {f"step-{STEPS:06d}", best}
+    assert not list((finished / "checkpoints").glob(".*partial"))
+
+
+def test_the_checkpoint_serves_and_training_changed_the_model(setting: Path, finished: Path) -> None:
+    texts = ["why does ice float", "a drop on a hot pan"]
+    trained = LaserEncoder.from_pretrained(finished).encode_queries(texts)
+    untrained = LaserEncoder.from_pretrained(setting / "model").encode_queries(texts)
+    assert trained.shape == (2, 48)
+    assert abs(trained - untrained).max() > 1e-3
+
+
+def test_a_damaged_checkpoint_is_skipped_with_a_reason(setting: Path, tmp_path: Path) -> None:
+    """DeepSpeed's own `latest` names what it has not finished writing; ours must step back to a complete one."""
+    arguments = ("train", setting / "recipe.toml", "--output", tmp_path / "run", "--checkpoint.keep", 9)
+    run(*arguments)
+    victim = next((tmp_path / "run/checkpoints/step-000006/deepspeed").glob("*optim*"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    result = run(*arguments, "--resume")
+    assert "skipped an incomplete checkpoint" in result.stdout and "step-000006" in result.stdout
+    assert "resuming after step 4" in result.stderr
+
+
+def test_a_signal_saves_and_stops(setting: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(
+            "train",
+            setting / "recipe.toml",
+            "--output",
+            tmp_path / "run",
+            "--train.max-steps",
+            500,
+            "--checkpoint.every",
+            0,
+        ),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").is_file())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert (tmp_path / "run/checkpoints/latest").is_file()
+
+
+def test_a_weight_that_is_not_a_number_stops_the_run_before_the_update(setting: Path, tmp_path: Path) -> None:
+    """The message names step, term, rank and queries; nothing is saved after it."""
+    broken = tmp_path / "model"
+    subprocess.run(["cp", "-r", str(setting / "model"), str(broken)], check=True)
+    state = load_file(broken / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    result = run(
+        "train", setting / "recipe.toml", "--model.name", broken, "--output", tmp_path / "run", ranks=2, check=False
+    )
+    assert result.returncode != 0
+    message = result.stdout + result.stderr
+    for part in (
+        "step 1: not finite: infonce_latent on rank 0",
+        "infonce_latent on rank 1",
+        "rank 1: ",
+        "No parameter was updated",
+    ):
+        assert part in message
+    assert "Traceback" not in message
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (["--train.queries-per-rank", "40"], ["24 examples", "80", "train.queries-per-rank"]),
+        (["--model.name", "/no/such/model"], ["model.name", "/no/such/model", "does not exist"]),
+        (["--evaluation.metric", "ndgc@10"], ["evaluation.metric", "ndcg@10"]),
+        (["--train.deepspeed", "zero9"], ["train.deepspeed", "zero3.json"]),
+        (["--data.negatives", "1", "--thinking.steps", "0"], ["thinking.steps", "at least 1"]),
+    ],
+)
+def test_a_mistake_is_one_message_before_training(
+    setting: Path, tmp_path: Path, change: list[str], parts: list[str]
+) -> None:
+    result = run("train", setting / "recipe.toml", "--output", tmp_path / "run", *change, check=False)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert all(part in result.stderr for part in parts), result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_another_configuration_is_refused(setting: Path, finished: Path) -> None:
+    result = run("train", setting / "recipe.toml", "--output", finished, "--resume", "--thinking.steps", 4, check=False)
+    assert result.returncode == 2 and "another configuration" in result.stderr

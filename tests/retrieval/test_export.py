@@ -1,0 +1,422 @@
+"""An export is a plain folder with the checkpoint's vectors in three libraries, or it does not exist."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from laser_dist import LaserEncoder, cli
+from laser_dist.batch import TokenSequence, pack
+from laser_dist.config import ModelConfig, TextConfig, ThinkingConfig
+from laser_dist.errors import UserError
+from laser_dist.model.backbone import load_backbone, load_tokenizer, prepare_for_training
+from laser_dist.model.retriever import LaserRetriever
+from laser_dist.retrieval import export as module
+from laser_dist.retrieval.card import RetrieverCard
+from laser_dist.retrieval.export import TOLERANCE, export
+from laser_dist.testing.tiny import tiny_model_folder
+
+TEXTS = ["why does ice float on water?", "ice", "Air scatters short waves more than long ones; " * 5, "  so  "]
+MINIMAL = TextConfig(query_template="{query}", passage_template="{text}", max_query_tokens=8, max_passage_tokens=9)
+CARDS = {
+    "qwen3-tied-chat": RetrieverCard(backbone="Some/Backbone"),
+    "qwen3-untied-paper": RetrieverCard(thinking=ThinkingConfig(steps=2, convention="paper")),
+    "llama-tied-k1": RetrieverCard(thinking=ThinkingConfig(steps=1)),
+    "llama-untied-bos-chat": RetrieverCard(
+        text=TextConfig(query_template="{{Q}} {query} ({instruction})\n", max_query_tokens=64, max_passage_tokens=48)
+    ),
+    "llama-tied-minimal": RetrieverCard(thinking=ThinkingConfig(steps=5), text=MINIMAL),
+}
+
+
+def make_model(folder, name):
+    tiny_model_folder(
+        folder,
+        architecture=name.split("-")[0],
+        tied="-tied" in name,
+        chat_template="chat" in name,
+        bos="bos" in name,
+    )
+    CARDS[name].save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """name -> (source, export) of every kind."""
+    root = tmp_path_factory.mktemp("exports")
+    made = {}
+    for name in CARDS:
+        source = make_model(root / "source" / name, name)
+        made[name] = (source, export(source, out=root / name).folder)
+    return made
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_model(tmp_path / "source", "qwen3-tied-chat")
+
+
+def encoder_of(folder, **options):
+    return LaserEncoder.from_pretrained(folder, device="cpu", **options)
+
+
+def vectors_of(encoder):
+    return np.concatenate([encoder.encode_queries(TEXTS), encoder.encode_passages(TEXTS)])
+
+
+@torch.no_grad()
+def vectors_in_training(lm, encoder):
+    """Vectors of a model as it is being trained, adapters and all."""
+    retriever = LaserRetriever(lm.eval(), steps=encoder.card.thinking.steps)
+    rows = [TokenSequence(encoder.text.query(text)) for text in TEXTS]
+    return retriever(pack(rows)).passage_PD.numpy()
+
+
+def adapters(folder, backbone, layers=None):
+    """A LoRA model folder as training saves it, and the model itself."""
+    config = ModelConfig(name=str(backbone), dtype="float32", layers=layers, lora_rank=4)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        lm = prepare_for_training(load_backbone(config), config)
+        for name, parameter in lm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    lm.save_pretrained(folder)
+    load_tokenizer(config).save_pretrained(folder)
+    RetrieverCard(backbone=str(backbone), layers=layers).save(folder)
+    return lm
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_export_has_the_source_s_vectors(exported, name):
+    source, folder = exported[name]
+    np.testing.assert_allclose(vectors_of(encoder_of(folder)), vectors_of(encoder_of(source)), atol=1e-5)
+    assert RetrieverCard.load(folder) == CARDS[name]
+    assert (folder / "chat_template.jinja").is_file() == ("chat" in name)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_config_and_tokenizer_are_plain(exported, name):
+    _, folder = exported[name]
+    config = json.loads((folder / "config.json").read_text())
+    expected = "Qwen3ForCausalLM" if "qwen3" in name else "LlamaForCausalLM"
+    assert (config["architectures"], config["num_hidden_layers"], config["dtype"]) == ([expected], 2, "float32")
+    assert not [path.name for path in folder.iterdir() if b"laser_packed" in path.read_bytes()]
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["padding_side"] == "left" and tokenizer["pad_token"]
+
+
+def test_a_tokenizer_without_padding_token_gets_one(source, tmp_path):
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token": None}))
+    folder = export(source, out=tmp_path / "out").folder
+    assert json.loads((folder / "tokenizer_config.json").read_text())["pad_token"] == "<|endoftext|>"
+
+
+PLAIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+lm = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+batch = tokenizer(["ice", "why does ice float on water?"], padding=True, return_tensors="pt")
+assert lm.config._attn_implementation == "sdpa" and tokenizer.padding_side == "left"
+assert not [name for name in sys.modules if name.startswith("laser_dist")]
+with torch.no_grad():
+    output = lm(**batch, output_hidden_states=True)
+torch.save((batch["input_ids"], batch["attention_mask"], output.hidden_states[-1], output.logits), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("name", ["qwen3-tied-chat", "llama-untied-bos-chat"])
+def test_transformers_alone_loads_it(exported, name, tmp_path):
+    source, folder = exported[name]
+    command = [sys.executable, "-c", PLAIN, str(folder), str(tmp_path / "states.pt")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not initialized" not in done.stderr and "MISSING" not in done.stderr
+    ids, mask, states, logits = torch.load(tmp_path / "states.pt")
+    retriever = encoder_of(source, steps=1).retriever
+    rows = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+    with torch.no_grad():
+        packed, _, _ = retriever.think(pack([TokenSequence(row) for row in rows]))
+        greedy = retriever.base.get_output_embeddings()(packed).argmax(-1)
+    torch.testing.assert_close(states[mask.bool()], packed, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits[mask.bool()].argmax(-1), greedy)
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+@pytest.mark.parametrize("backbone", ["qwen3-tied-chat", "llama-untied-bos-chat"])
+def test_adapters_are_merged(tmp_path, backbone, layers):
+    backbone = make_model(tmp_path / "backbone", backbone)
+    lm = adapters(tmp_path / "run" / "model", backbone, layers)
+    folder = export(tmp_path / "run", out=tmp_path / "out").folder
+    shutil.rmtree(backbone)  # the export stands alone
+    encoder = encoder_of(folder)
+    trained = vectors_in_training(lm, encoder)
+    np.testing.assert_allclose(encoder.encode_queries(TEXTS), trained, atol=1e-5)
+    with lm.disable_adapter():
+        assert np.abs(vectors_in_training(lm, encoder) - trained).max() > 1e-2
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == (layers or 2)
+    assert not [name for name in load_file(folder / "model.safetensors") if "lora" in name or "base_layer" in name]
+    assert not (folder / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_a_truncated_backbone_stays_truncated(tmp_path, architecture):
+    backbone = tiny_model_folder(tmp_path / "backbone", architecture=architecture, layers=3)
+    config = ModelConfig(name=str(backbone), dtype="float32", layers=2)
+    lm = load_backbone(config)
+    lm.save_pretrained(tmp_path / "model")
+    load_tokenizer(config).save_pretrained(tmp_path / "model")
+    RetrieverCard(backbone=str(backbone), layers=2).save(tmp_path / "model")
+    folder = export(tmp_path / "model", out=tmp_path / "out").folder
+    written = json.loads((folder / "config.json").read_text())
+    assert written["num_hidden_layers"] == 2 and len(written.get("layer_types") or [0, 0]) == 2
+    expected = encoder_of(backbone, layers=2)
+    np.testing.assert_allclose(vectors_of(encoder_of(folder)), vectors_of(expected), atol=1e-5)
+    assert "the first 2 layers" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "keep"])
+def test_dtype(tmp_path, dtype):
+    source = tiny_model_folder(tmp_path / "source", dtype=torch.bfloat16)
+    done = export(source, out=tmp_path / "out", dtype=dtype)
+    expected = "bfloat16" if dtype == "keep" else dtype
+    assert {str(tensor.dtype) for tensor in load_file(done.folder / "model.safetensors").values()} == {
+        f"torch.{expected}"
+    }
+    assert json.loads((done.folder / "config.json").read_text())["dtype"] == done.dtype == expected
+    # All of them hold the values that bfloat16 has between 2^-14 and 2^15.
+    assert done.rounding < TOLERANCE
+    np.testing.assert_allclose(vectors_of(encoder_of(done.folder)), vectors_of(encoder_of(source)), atol=1e-4)
+
+
+def test_rounding_is_told(source, tmp_path):
+    assert 0 < export(source, out=tmp_path / "half", dtype="float16").rounding < 0.02
+    assert export(source, out=tmp_path / "same").rounding == 0
+
+
+def test_merged_adapters_keep_the_backbone_s_precision(tmp_path):
+    backbone = tiny_model_folder(tmp_path / "backbone", dtype=torch.bfloat16)
+    adapters(tmp_path / "model", backbone)
+    assert export(tmp_path / "model", out=tmp_path / "out").dtype == "bfloat16"
+
+
+def test_a_precision_that_overflows_is_refused(source, tmp_path):
+    with torch.no_grad():
+        lm = load_backbone(ModelConfig(name=str(source), dtype="float32"))
+        lm.get_decoder().norm.weight.fill_(1e6)
+        lm.save_pretrained(source)
+    with pytest.raises(UserError, match="float16"):
+        export(source, out=tmp_path / "out", dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_float64_cannot_be_kept(tmp_path):
+    source = tiny_model_folder(tmp_path / "source", dtype=torch.float64)
+    with pytest.raises(UserError, match="--dtype"):
+        export(source, out=tmp_path / "out")
+
+
+def test_the_target_must_be_free(source, tmp_path, exported):
+    out = tmp_path / "out"
+    out.mkdir()
+    export(source, out=out)  # an empty folder is free
+    with pytest.raises(UserError, match="--overwrite"):
+        export(source, out=out)
+    RetrieverCard(thinking=ThinkingConfig(steps=7)).save(source)
+    export(source, out=out, overwrite=True)
+    assert encoder_of(out).card.thinking.steps == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        export(source, out=file)
+
+
+def test_overwrite_never_deletes_what_is_not_an_export(source, tmp_path):
+    out = export(source, out=tmp_path / "out").folder
+    (out / ".git").mkdir()
+    for folder in (source, tmp_path, out):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(UserError, match="does not delete"):
+            export(source, out=folder, overwrite=True)
+        assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["_write_sentence_transformers", "_model_card", "_replace"])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError("disk full")])
+def test_an_interrupted_export_leaves_nothing(source, tmp_path, monkeypatch, place, failure):
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr(module, place, fail)
+    expected = KeyboardInterrupt if failure is KeyboardInterrupt else UserError
+    with pytest.raises(expected):
+        export(source, out=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_what_a_killed_export_left_is_no_hindrance(source, tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "rest").write_text("")
+    assert not (export(source, out=tmp_path / "out").folder / "rest").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_an_export_with_other_vectors_is_refused(source, tmp_path, monkeypatch):
+    def save_another_model(lm, tokenizer, card, folder):
+        with torch.no_grad():
+            lm.get_decoder().norm.weight[0] += 0.1
+        real(lm, tokenizer, card, folder)
+        with torch.no_grad():
+            lm.get_decoder().norm.weight[0] -= 0.1
+
+    real = module.save_folder
+    monkeypatch.setattr(module, "save_folder", save_another_model)
+    with pytest.raises(UserError, match="other vectors"):
+        export(source, out=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_sources_that_are_no_checkpoint_are_refused_by_name(source, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="missing/model.*does not exist"):
+        export(tmp_path / "missing" / "model", out=out)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=f"{tmp_path / 'empty'} holds no model"):
+        export(tmp_path / "empty", out=out)
+    (source / "laser_dist.json").write_text("{}")
+    with pytest.raises(UserError, match=str(source / "laser_dist.json")):
+        export(source, out=out)
+    (source / "laser_dist.json").unlink()
+    weights = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(weights[:1000])
+    with pytest.raises(UserError, match=str(source)):
+        export(source, out=out)
+    (source / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=str(source)):
+        export(source, out=out)
+    assert not out.exists()
+
+
+def test_adapters_need_their_backbone(source, tmp_path):
+    adapters(tmp_path / "model", source)
+    shutil.rmtree(source)
+    with pytest.raises(UserError) as error:
+        export(tmp_path / "model", out=tmp_path / "out")
+    assert str(tmp_path / "model") in str(error.value) and str(source) in str(error.value)
+
+
+def test_adapters_that_do_not_fit_are_refused(source, tmp_path):
+    adapters(tmp_path / "model", source)
+    path = tmp_path / "model" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 8}))
+    with pytest.raises(UserError, match=f"{tmp_path / 'model'}.*do not fit"):
+        export(tmp_path / "model", out=tmp_path / "out")
+
+
+def test_command(source, tmp_path, capsys):
+    assert cli.main(["export", str(source), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    said = capsys.readouterr().out
+    assert str(tmp_path / "out") in said and "bfloat16" in said
+    assert cli.main(["export", str(source), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: --out")
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_model_card_s_code_gives_the_encoder_s_vectors(exported, name):
+    source, folder = exported[name]
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    results = {}
+    for block in blocks:
+        if "sentence_transformers" in block:
+            pytest.importorskip("sentence_transformers")
+        names = {}
+        exec(block.replace('"DIR"', repr(str(folder))), names)
+        library = re.search(r"^from (\w+)", block, re.MULTILINE)[1]
+        results[library] = np.concatenate([names["queries"], names["passages"]])
+    assert sorted(results) == ["laser_dist", "sentence_transformers", "transformers"]
+    np.testing.assert_allclose(results["sentence_transformers"], results["laser_dist"], atol=1e-5)
+    if "{{Q}}" not in CARDS[name].text.query_template:  # plain code shows what comes before a query, not behind it
+        np.testing.assert_allclose(results["transformers"], results["laser_dist"], atol=1e-5)
+    assert str(source.parent) not in readme
+
+
+def test_the_model_card_names_the_base_model_only_if_it_is_public(exported):
+    cards = {name: (folder / "README.md").read_text() for name, (_, folder) in exported.items()}
+    assert "base_model: Some/Backbone\n" in cards["qwen3-tied-chat"]
+    assert "base_model" not in cards["llama-tied-k1"]
+    assert "| latent steps K | 2 |\n| convention | paper (2 soft tokens) |" in cards["qwen3-untied-paper"]
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_sentence_transformers_gives_the_encoder_s_vectors(exported, name):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    _, folder = exported[name]
+    encoder = encoder_of(folder)
+    queries, passages = encoder.encode_queries(TEXTS), encoder.encode_passages(TEXTS)
+    model = sentence_transformers.SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    for found, expected in (
+        (model.encode(TEXTS, prompt_name="query"), queries),
+        (model.encode_query(TEXTS), queries),
+        (model.encode_query(TEXTS, batch_size=1), queries),
+        (model.encode_query(TEXTS[0]), queries[0]),
+        (model.encode_document(TEXTS), passages),
+        (model.encode(TEXTS, prompt_name="document"), passages),
+        (model.encode(TEXTS), passages),
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert model.get_embedding_dimension() == encoder.dim
+
+
+def test_sentence_transformers_options(exported, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from laser_dist.retrieval.sentence_transformers_module import load_sentence_transformer
+
+    _, folder = exported["qwen3-tied-chat"]
+    encoder = encoder_of(folder, steps=6)
+    expected = vectors_of(encoder)
+    options = {"trust_remote_code": True, "device": "cpu"}
+    model = sentence_transformers.SentenceTransformer(str(folder), config_kwargs={"steps": 6}, **options)
+    model.save(str(tmp_path / "saved"))
+    again = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), **options)
+    direct = load_sentence_transformer(folder, steps=6, device="cpu")
+    for loaded in (model, again, direct):
+        found = np.concatenate([loaded.encode_query(TEXTS), loaded.encode_document(TEXTS)])
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    own = model.encode_query(TEXTS, prompt="Instruct: {braces}\nQuery: ")
+    instructed = encoder.encode_queries(TEXTS, instructions=["{braces}"] * len(TEXTS))
+    np.testing.assert_allclose(own, instructed, atol=1e-5)
+    prefixed = encoder.encode_passages(["passage: " + text.strip() for text in TEXTS])
+    np.testing.assert_allclose(
+        model.encode_document([t.strip() for t in TEXTS], prompt="passage: "), prefixed, atol=1e-5
+    )
+    model.max_seq_length = 24
+    cut = model.encode_document([TEXTS[2], TEXTS[2] + "more"])
+    np.testing.assert_allclose(cut[0], cut[1], atol=1e-5)
+
+
+def test_sentence_transformers_asks_for_trust_and_says_so(exported):
+    sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        sentence_transformers.SentenceTransformer(str(exported["llama-tied-k1"][1]))
+
+
+def test_exporting_needs_no_sentence_transformers(source, tmp_path):
+    code = (
+        "import sys; sys.modules['sentence_transformers'] = None; from laser_dist.cli import main; "
+        f"sys.exit(main(['export', {str(source)!r}, '--out', {str(tmp_path / 'out')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "modules.json").is_file()
