@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": ("laser_dist.retrieval.evaluate", "Measure nDCG, recall and MRR on a corpus, queries and qrels"),
     "encode": ("laser_dist.retrieval.encode", "Encode a corpus into a memory-mapped folder of vectors"),
     "export": ("laser_dist.retrieval.export", "Turn a checkpoint into a plain model folder"),
+    "bench": ("laser_dist.bench", "Measure a training step against the published one"),
 }
 
 

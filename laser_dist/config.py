@@ -256,13 +256,11 @@ class LoggingConfig:
     """Optimizer steps between scalars."""
     term_gradient_norms_every: int = 0
     """Steps between per-term gradient norms (with respect to the vectors); 0: never."""
-    profile_steps: int = 0
-    """Record a torch profiler trace of this many steps, from step 3 on; 0: none."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "logging.every", self.every, "must be at least 1")
-        for name in ("term_gradient_norms_every", "profile_steps"):
-            _require(getattr(self, name) >= 0, f"logging.{name}", getattr(self, name), "must be 0 (off) or more")
+        norms = self.term_gradient_norms_every
+        _require(norms >= 0, "logging.term_gradient_norms_every", norms, "must be 0 (off) or more")
 
 
 @dataclass(frozen=True, kw_only=True)

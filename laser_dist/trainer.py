@@ -56,7 +56,6 @@ class Trainer:
         torch.manual_seed(config.seed)
         lm = prepare_for_training(load_backbone(config.model), config.model)
         self.retriever = LaserRetriever(lm, steps=config.thinking.steps, convention=config.thinking.convention)
-        self.retriever.to(device)
         self.engine = Engine(self.retriever, build_optimizer(self.retriever, config.optimizer), ds_config)
         torch.manual_seed(config.seed + 1 + rank())  # ranks drop out differently; they did not initialise differently
         self.objective = AlignmentObjective(config.objective, config.trajectory_temperature)

@@ -1,4 +1,4 @@
-"""One thread: the tensors here are tiny, and threads that share a core spend most of their time waiting for each other."""
+"""One thread: tensors are tiny here, and threads that share a core spend their time waiting for each other."""
 
 import os
 

@@ -49,9 +49,9 @@ class Engine:
         self.stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         if self.stage == 3:
             _register_external_parameters(module)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         self.ds, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, model_parameters=trained, config=ds_config
+            model=module, optimizer=optimizer, model_parameters=self.trained, config=ds_config
         )
         self.optimizer = optimizer
 
@@ -63,7 +63,10 @@ class Engine:
         return self.ds(batch)
 
     def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch, averaged over the accumulation window and the ranks."""
         self.ds.backward(loss)
+        if not self.ds.is_gradient_accumulation_boundary():
+            self.ds.step()  # updates nothing: it is how DeepSpeed counts micro-batches
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.ds.optimizer.param_groups:
@@ -74,17 +77,14 @@ class Engine:
 
         Raises NonFiniteGradient, on every rank alike, with all parameters as they were.
         """
-        if self.stage == 0 and self.ds.is_gradient_accumulation_boundary():
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
-            if not math.isfinite(norm):
-                raise NonFiniteGradient
-            self.ds.step()
-            return norm
-        boundary = self.ds.is_gradient_accumulation_boundary()
-        self.ds.step()  # ZeRO finds a non-finite norm before it updates anything, and skips the update
-        norm = float(self.ds.get_global_grad_norm() or 0.0)
-        if boundary and not (math.isfinite(norm) and norm >= 0):
+        if hasattr(self.ds.optimizer, "_global_grad_norm"):
+            self.ds.step()  # finds a non-finite norm before it updates anything, and skips the update
+            norm = float(self.ds.get_global_grad_norm() or 0.0)
+        else:  # ZeRO-0 in float32 is the bare optimizer, which would update with anything
+            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None]))
+            if math.isfinite(norm):
+                self.ds.step()
+        if not (math.isfinite(norm) and norm >= 0):
             raise NonFiniteGradient
         return norm
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -34,16 +35,23 @@ def load_backbone(config: ModelConfig) -> nn.Module:
     level = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        lm = _load(
+        lm, loading = _load(
             AutoModelForCausalLM,
             config,
             "weights",
             config=hf_config,
             dtype=DTYPES[config.dtype],
             attn_implementation=PACKED_ATTENTION,
+            output_loading_info=True,
         )
     finally:
         logging.getLogger("transformers").setLevel(level)
+    # transformers makes up weights that it does not find, and says so only in a log.
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"model.name = {config.name!r}: its weights lack {missing[0]} and {len(missing) - 1} other tensors: "
+            "they are another model's, or were saved under other names"
+        )
     if lm.get_output_embeddings() is None:
         raise UserError(f"{config.name}: has no LM head, which soft tokens need; use a causal LM checkpoint")
     return lm
@@ -88,7 +96,7 @@ def _load(factory: Any, model: ModelConfig, what: str, **arguments: object) -> A
             trust_remote_code=model.trust_remote_code,
             **arguments,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(
             f"model.name = {model.name!r}: cannot load its {what}: {reason[0] if reason else error!r} "

@@ -44,5 +44,5 @@ def aligned_segments(segments_B: Tensor, steps: int, convention: str) -> Tensor:
 def _spread(segments: int, steps: int) -> Tensor:
     if segments < steps:
         return torch.arange(steps).clamp(max=segments - 1)
-    # Not `i (M - 1) // (K - 1)`: the published code rounds linspace's float32 down, which is 1 less at, say, M 17, K 15.
+    # Not `i (M - 1) // (K - 1)`: the published code rounds linspace's float32 down; 1 less at M 17, K 15.
     return torch.linspace(0, segments - 1, steps, dtype=torch.float32).long()

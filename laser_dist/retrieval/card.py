@@ -20,12 +20,21 @@ class RetrieverCard:
     text: TextConfig = field(default_factory=TextConfig)
     backbone: str = ""
     """Hub id or folder that training started from."""
+    revision: str | None = None
+    """Hub revision of the backbone."""
     layers: int | None = None
     """Decoder layers kept of the backbone, where it was truncated."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "RetrieverCard":
-        return cls(thinking=config.thinking, text=config.text, backbone=config.model.name, layers=config.model.layers)
+        model = config.model
+        return cls(
+            thinking=config.thinking,
+            text=config.text,
+            backbone=model.name,
+            revision=model.revision,
+            layers=model.layers,
+        )
 
     def save(self, folder: Path) -> None:
         data = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
@@ -40,7 +49,9 @@ class RetrieverCard:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("format_version") != FORMAT_VERSION:
-                raise UserError(f"{path}: another format version than {FORMAT_VERSION}; update laser_dist")
+                raise UserError(f"another format version than {FORMAT_VERSION}; update laser_dist")
             return cls(thinking=ThinkingConfig(**data.pop("thinking")), text=TextConfig(**data.pop("text")), **data)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is broken ({error}); copy it again from the checkpoint or export") from error

@@ -167,7 +167,19 @@ def model_folder(path: str | Path) -> str:
         return str(folder)
     if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
         raise UserError(f"{path}: this folder does not exist")
-    return str(path)
+    return _download(str(path))
+
+
+def _download(hub_id: str) -> str:
+    """The hub repository as a local folder, so that its card and its adapters are found as in any other folder."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{hub_id} is neither a folder nor a hub model that can be downloaded: {reason}") from error
 
 
 def load_trained_lm(folder: str, card: RetrieverCard, *, dtype: str, layers: int | None = None) -> tuple[Any, Any]:
@@ -177,9 +189,31 @@ def load_trained_lm(folder: str, card: RetrieverCard, *, dtype: str, layers: int
         return load_backbone(config), load_tokenizer(config)
     from peft import PeftModel
 
-    backbone = load_backbone(ModelConfig(name=card.backbone, layers=card.layers, dtype=dtype))  # type: ignore[arg-type]
+    if not card.backbone:
+        raise UserError(f"{folder}: holds adapters, and no laser_dist.json that names their backbone; copy it here")
+    config = ModelConfig(name=card.backbone, revision=card.revision, layers=card.layers, dtype=dtype)  # type: ignore[arg-type]
+    backbone = load_backbone(config)
     try:
         adapted = PeftModel.from_pretrained(backbone, folder)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: these adapters do not fit the backbone {card.backbone!r}: {error}") from error
+    _check_adapters(adapted, folder, card.backbone)
     return adapted.merge_and_unload(), load_tokenizer(ModelConfig(name=folder))
+
+
+def _check_adapters(adapted: Any, folder: str, backbone: str) -> None:
+    # PEFT skips adapters that it has no layer for, and lets layers be that it has no adapters for.
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{folder}: adapter_model.safetensors is missing")
+    with safe_open(path, "pt") as file:
+        stored = {key for key in file.keys() if "lora_" in key}
+    expected = {key for key in get_peft_model_state_dict(adapted, save_embedding_layers=False) if "lora_" in key}
+    if stored != expected:
+        raise UserError(
+            f"{folder}: these adapters do not fit the backbone {backbone!r}: {len(stored - expected)} have no layer "
+            f"there, and {len(expected - stored)} layers have none"
+        )

@@ -65,18 +65,18 @@ def export(checkpoint: Path, /, *, out: Path, dtype: Dtype = "keep", overwrite: 
     """
     source, out = _source(checkpoint), Path(out).expanduser().resolve()
     _check_target(out, overwrite)
-    encoder, dtype = _load(source), _target_dtype(source, dtype)
+    encoder, precision = _load(source), _target_dtype(source, dtype)
     staging = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
-        rounding = _write_and_verify(encoder, staging, dtype)
+        rounding = _write_and_verify(encoder, staging, precision)
         _replace(staging, out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return Export(out, dtype, rounding)
+    return Export(out, precision, rounding)
 
 
 def main(argv: list[str]) -> int:
@@ -137,7 +137,8 @@ def _check_target(out: Path, overwrite: bool) -> None:
         )
     if not _is_export(out):
         raise UserError(
-            f"--out {out}: holds something else than an export, which --overwrite does not delete; choose another folder"
+            f"--out {out}: holds something else than an export, and --overwrite does not delete that; "
+            "choose another folder"
         )
 
 
@@ -254,7 +255,8 @@ def _model_card(encoder: "LaserEncoder", dtype: str) -> str:
     return _README.substitute(
         base=f"base_model: {hub_id}\n" if hub_id else "",
         backbone=hub_id or Path(card.backbone).name or "not recorded",
-        size=f"{config.num_hidden_layers} layers{kept}; hidden size {config.hidden_size}; {total:,} parameters, {dtype}",
+        size=f"{config.num_hidden_layers} layers{kept}; hidden size {config.hidden_size}; "
+        f"{total:,} parameters in {dtype}",
         steps=steps,
         convention=card.thinking.convention,
         soft=steps - 1 if official else steps,

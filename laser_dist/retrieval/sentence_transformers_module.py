@@ -32,7 +32,7 @@ class LaserModule(InputModule):
         self.text = encoder.text
         self.tokenizer = encoder.text.tokenizer
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]  # texts only
         self, inputs: Sequence[str], prompt: str | None = None, task: str | None = None, **_: Any
     ) -> dict[str, Tensor]:
         """Texts -> input_ids and attention_mask, padded on the right.
@@ -94,7 +94,7 @@ class LaserModule(InputModule):
         config_kwargs: dict[str, Any] | None = None,
         **_: Any,
     ) -> "LaserModule":
-        """The module of a folder or hub id; `config_kwargs={"steps": 6}` and `model_kwargs={"dtype": ...}` are heeded."""
+        """The module of a folder or hub id; heeds `config_kwargs={"steps": 6}` and `model_kwargs={"dtype": ...}`."""
         folder = cls.load_dir_path(model_name_or_path, subfolder, token, cache_folder, revision, local_files_only)
         dtype = (model_kwargs or {}).get("dtype") or (model_kwargs or {}).get("torch_dtype")
         return cls(

@@ -11,7 +11,7 @@ from torch import Tensor
 from laser_dist.batch import Example, Passage
 from laser_dist.config import ModelConfig, ObjectiveConfig, TextConfig
 from laser_dist.data.text import TextFormat
-from laser_dist.distributed.engine import Engine, init_distributed
+from laser_dist.distributed.engine import Engine, NonFiniteGradient, init_distributed
 from laser_dist.model.backbone import load_backbone, load_tokenizer, prepare_for_training
 from laser_dist.model.retriever import LaserRetriever
 from laser_dist.objective.alignment import TERMS, AlignmentObjective
@@ -78,6 +78,18 @@ def reference_update(folder: Path, *, lora: bool, term: str | None = None) -> di
     return {name: p.detach().clone() for name, p in model.lm.named_parameters() if p.requires_grad}
 
 
+def engine_of(model: LaserRetriever, stage: int, accumulation: int = 1) -> Engine:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ds_config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    return Engine(model, torch.optim.SGD(trained, lr=LEARNING_RATE), ds_config)
+
+
 def updates_of_rank(rank: int, world_size: int, folders: dict[str, Path], cases: list[tuple]) -> list[dict]:
     """The updated parameters of each (tying, stage, checkpointing, lora, term)."""
     init_distributed()
@@ -86,14 +98,7 @@ def updates_of_rank(rank: int, world_size: int, folders: dict[str, Path], cases:
     updates = []
     for tying, stage, checkpointing, lora, term in cases:
         model, text = build(folders[tying], lora=lora, checkpointing=checkpointing)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        ds_config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_clipping": 0.0,
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        }
-        engine = Engine(model, torch.optim.SGD(trained, lr=LEARNING_RATE), ds_config)
+        engine = engine_of(model, stage)
         engine.backward(loss_of(engine, text, share, term))
         engine.step()
         updates.append(engine.full_state_dict(only_trained=True))
@@ -125,3 +130,50 @@ def test_update_equals_one_process_with_the_whole_batch(world_size: int, folders
         assert update.keys() == expected.keys()
         for name, value in expected.items():
             assert_close_relative(update[name], value, TOLERANCE, f"{name} in {case}, {world_size} ranks")
+
+
+def accumulated_updates(rank: int, world_size: int, folder: Path) -> list[tuple[float, dict]]:
+    init_distributed()
+    made = []
+    for stage in range(4):
+        model, text = build(folder, lora=False, checkpointing=True)
+        engine = engine_of(model, stage, accumulation=2)
+        for half in (examples()[:2], examples()[2:]):
+            engine.backward(loss_of(engine, text, half[rank : rank + 1], None))
+        made.append((engine.step(), engine.full_state_dict()))
+    return made
+
+
+def test_accumulation_averages_the_gradients_of_its_micro_batches(folders: dict[str, Path]) -> None:
+    """DeepSpeed counts micro-batches by calls of step(); one call per window updated at every second window only."""
+    model, text = build(folders["tied"], lora=False, checkpointing=False)
+    for half in (examples()[:2], examples()[2:]):
+        (loss_of(model, text, half, None) / 2).backward()
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= LEARNING_RATE * parameter.grad
+    for actual_norm, update in run_distributed(accumulated_updates, 2, folders["tied"])[0]:
+        assert actual_norm == pytest.approx(norm, rel=1e-4)
+        for name, value in model.lm.named_parameters():
+            assert_close_relative(update[name], value, TOLERANCE, name)
+
+
+def refused_updates(rank: int, world_size: int, folder: Path) -> list[bool]:
+    init_distributed()
+    unchanged = []
+    for stage in range(4):
+        model, text = build(folder, lora=False, checkpointing=False)
+        engine = engine_of(model, stage)
+        before = engine.full_state_dict()
+        poison = torch.inf if rank == 1 else 1.0
+        engine.backward(loss_of(engine, text, examples()[2 * rank : 2 * rank + 2], None) * poison)
+        with pytest.raises(NonFiniteGradient):
+            engine.step()
+        after = engine.full_state_dict()
+        unchanged.append(all(torch.equal(before[name], after[name]) for name in before))
+    return unchanged
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_updates_nothing_on_any(folders: dict[str, Path]) -> None:
+    assert run_distributed(refused_updates, 2, folders["tied"]) == [[True] * 4] * 2

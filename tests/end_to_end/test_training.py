@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,9 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from laser_dist import LaserEncoder
 from laser_dist.data import sample_folder
 from laser_dist.observability.metrics import SCALARS
-from laser_dist.testing import tiny_model_folder
+from laser_dist.testing import run_distributed, tiny_model_folder
 
 STEPS = 6
+TEXTS = ["why does ice float", "a drop on a hot pan skates about", "x"]
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,7 @@ def test_scalars_are_documented_finite_and_in_tensorboard(finished: Path) -> Non
     assert {name for name in seen if not name.startswith("dev/")} == set(SCALARS)
     assert {"dev/ndcg@10", "dev/recall@100"} <= seen
     assert all(abs(value) < 1e9 for row in rows(finished) for value in row.values())
+    assert all(row["train/gradient_norm"] > 0 for row in rows(finished) if "train/gradient_norm" in row)
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
     assert seen == set(events.Tags()["scalars"])
@@ -247,3 +250,41 @@ def test_a_mistake_is_one_message_before_training(
 def test_resuming_another_configuration_is_refused(setting: Path, finished: Path) -> None:
     result = run("train", setting / "recipe.toml", "--output", finished, "--resume", "--thinking.steps", 4, check=False)
     assert result.returncode == 2 and "another configuration" in result.stderr
+
+
+def vectors_of_trainer(rank: int, world_size: int, recipe: Path, output: Path, flags: list[str]) -> np.ndarray:
+    """Train, and encode with the trainer's own weights, still sharded, before anything is saved and loaded."""
+    from laser_dist.config import load_config
+    from laser_dist.ds_config import resolve
+    from laser_dist.trainer import Trainer
+
+    config = load_config([str(recipe), "--output", str(output), *flags])
+    trainer = Trainer(config, resolve(config.train.deepspeed, config))
+    trainer.fit()
+    return trainer.encoder.encode_queries(TEXTS)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_checkpoint_and_export_give_the_trainers_vectors(setting: Path, tmp_path: Path, lora: bool) -> None:
+    """A prefix left in the names of saved weights once made reloading give a random model, with only a warning."""
+    flags = ["--model.lora-rank", "4", "--model.lora-targets", "q_proj", "up_proj"] if lora else []
+    recipe, output = setting / "recipe.toml", tmp_path / "run"
+    expected, other = run_distributed(vectors_of_trainer, 2, recipe, output, flags)
+    assert np.array_equal(expected, other)
+    assert abs(LaserEncoder.from_pretrained(output).encode_queries(TEXTS) - expected).max() < 1e-5
+    run("export", output, "--out", tmp_path / "exported")
+    assert abs(LaserEncoder.from_pretrained(tmp_path / "exported").encode_queries(TEXTS) - expected).max() < 1e-5
+    untrained = LaserEncoder.from_pretrained(setting / "model").encode_queries(TEXTS)
+    assert abs(untrained - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_trains_under_every_stage(setting: Path, tmp_path: Path, stage: int) -> None:
+    """bfloat16 weights with float32 master copies follow the float32 run: losses agree to bfloat16's 8 bits."""
+    flags = ("--train.deepspeed", f"zero{stage}", "--optimizer.learning-rate", "1e-3", "--train.max-steps", "4")
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        run("train", setting / "recipe.toml", "--output", tmp_path / dtype, "--model.dtype", dtype, *flags)
+        losses[dtype] = [row["loss/infonce_latent"] for row in rows(tmp_path / dtype)]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.15)
+    assert losses["bfloat16"][-1] != losses["bfloat16"][0]

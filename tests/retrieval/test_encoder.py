@@ -50,7 +50,7 @@ def vectors_of(encoder):
 @torch.no_grad()
 def plain_vectors(folder, prompts, steps, convention):
     """The definition, with transformers alone: one left-padded batch and its K/V cache."""
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -185,8 +185,9 @@ def test_runs_and_checkpoints_resolve_to_the_model_in_them(folders, tmp_path):
 def test_folders_that_are_no_model_are_refused_by_name(folder, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         LaserEncoder.from_pretrained(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no model"):
-        LaserEncoder.from_pretrained(tmp_path)
+        LaserEncoder.from_pretrained(tmp_path / "empty")
     (folder / "laser_dist.json").write_text("{")
     with pytest.raises(UserError, match="laser_dist.json"):
         LaserEncoder.from_pretrained(folder)

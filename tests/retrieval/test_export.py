@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from laser_dist import LaserEncoder, cli
 from laser_dist.batch import TokenSequence, pack
@@ -322,6 +322,27 @@ def test_adapters_that_do_not_fit_are_refused(source, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 8}))
     with pytest.raises(UserError, match=f"{tmp_path / 'model'}.*do not fit"):
         export(tmp_path / "model", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("trained, other", [(2, 1), (1, 2)])
+def test_adapters_of_another_backbone_are_refused(tmp_path, trained, other):
+    backbones = {layers: tiny_model_folder(tmp_path / f"of{layers}", layers=layers) for layers in (1, 2)}
+    adapters(tmp_path / "model", backbones[trained])
+    RetrieverCard(backbone=str(backbones[other])).save(tmp_path / "model")
+    with pytest.raises(UserError, match=f"{tmp_path / 'model'}.*do not fit"):
+        export(tmp_path / "model", out=tmp_path / "out")
+    (tmp_path / "model" / "laser_dist.json").unlink()
+    with pytest.raises(UserError, match=f"{tmp_path / 'model'}.*names their backbone"):
+        export(tmp_path / "model", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("prefix, kept", [("encoder.", lambda key: True), ("", lambda key: "layers.1" not in key)])
+def test_weights_that_are_missing_are_not_made_up(source, tmp_path, prefix, kept):
+    weights = load_file(source / "model.safetensors")
+    renamed = {prefix + key: value for key, value in weights.items() if kept(key)}
+    save_file(renamed, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"{source}.*weights lack"):
+        export(source, out=tmp_path / "out")
 
 
 def test_command(source, tmp_path, capsys):

@@ -1,0 +1,28 @@
+"""`laser-dist bench NAME ...`: measurements that check first that what they compare computes the same."""
+
+import importlib
+import sys
+
+from laser_dist.errors import suggest
+
+BENCHMARKS = {"step": "laser_dist.bench.step"}
+USAGE = """usage: laser-dist bench step ...
+
+benchmarks:
+  step   One training step, ours and the published one: time, memory, tokens
+
+example:
+  laser-dist bench step --model Qwen/Qwen3-0.6B --queries 8 --out step.json
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run one benchmark; returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in BENCHMARKS:
+        print(f'laser-dist bench: unknown benchmark "{name}".{suggest(name, BENCHMARKS)}\n\n{USAGE}', file=sys.stderr)
+        return 2
+    return importlib.import_module(BENCHMARKS[name]).main(rest)

@@ -1,0 +1,218 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from laser_kernels import alignment_loss_reference
+from torch import Tensor
+
+from laser_dist.batch import PackedBatch, Views
+from laser_dist.config import ObjectiveConfig, RunConfig, ThinkingConfig
+from laser_dist.model.retriever import unit
+from laser_dist.objective.alignment import TERMS, AlignmentObjective
+from laser_dist.testing import assert_close_relative, run_distributed
+from laser_dist.testing.published import all_rows_loss
+
+B, G, K, D = 4, 2, 3, 6
+CONFIG = ObjectiveConfig(
+    temperature=0.2, distill_temperature=0.3, explicit_weight=0.7, output_weight=2.0, trajectory_weight=0.5
+)
+UNMASKED = replace(CONFIG, mask_false_negatives=False)
+FIELDS = ("query_BD", "passage_PD", "query_steps_BKD", "teacher_BD", "segments_BKD")
+
+
+def make_views() -> Views:
+    """Views whose fields are leaves, in float64. Vectors have unit length, states do not."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(B, D), (B * G, D), (B, K, D), (B, D), (B, K, D)]
+    values = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    leaves = [(unit(x) if x.dim() == 2 else x).requires_grad_() for x in values]
+    return Views(*leaves, soft_token_entropy=torch.tensor(1.5))
+
+
+def make_batch(labels: list[int], passage_keys: list[int], positive_keys: list[list[int]]) -> PackedBatch:
+    """Only what the objective reads."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    return PackedBatch(
+        *[nothing] * 4,
+        queries=len(labels),
+        labels_B=torch.tensor(labels),
+        passage_keys_P=torch.tensor(passage_keys),
+        positive_keys_BX=torch.tensor(positive_keys),
+    )
+
+
+def whole_batch() -> PackedBatch:
+    """Passage 20 is the positive of queries 0 and 3 and a negative of query 2; query 1 has a second positive, 50."""
+    keys = [20, 21, 30, 31, 40, 20, 20, 50]
+    return make_batch([0, 2, 4, 6], keys, [[20, 20], [30, 50], [40, 40], [20, 20]])
+
+
+def gradients(total: Tensor, views: Views) -> dict[str, Tensor | None]:
+    leaves = [getattr(views, name) for name in FIELDS]
+    values = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=True)
+    return dict(zip(FIELDS, values, strict=True))
+
+
+def test_total_is_the_weighted_sum_of_the_kernels_terms():
+    views, batch = make_views(), whole_batch()
+    loss = AlignmentObjective(CONFIG, 0.4)(views, batch, 0)
+    expected = alignment_loss_reference(
+        views.query_BD, views.teacher_BD, unit(views.query_steps_BKD), unit(views.segments_BKD), views.passage_PD,
+        batch.labels_B, temperature=0.2, distill_temperature=0.3, trajectory_temperature=0.4,
+        query_ids=batch.positive_keys_BX, passage_ids=batch.passage_keys_P,
+    )  # fmt: skip
+    assert tuple(loss.terms) == TERMS
+    assert all(torch.equal(loss.terms[name], value) for name, value in zip(TERMS, expected, strict=True))
+    assert loss.total.item() == pytest.approx(
+        sum(w * x.item() for w, x in zip((1.0, 0.7, 2.0, 0.5), expected, strict=True)), rel=1e-14
+    )
+
+
+def test_ramp_raises_the_distillation_weights():
+    objective = AlignmentObjective(replace(CONFIG, ramp_steps=4), 0.4)
+    assert objective.weights(0) == dict(zip(TERMS, (1.0, 0.7, 0.0, 0.0), strict=True))
+    assert objective.weights(1) == dict(zip(TERMS, (1.0, 0.7, 0.5, 0.125), strict=True))
+    for step in (4, 5, 1000):
+        assert objective.weights(step) == dict(zip(TERMS, (1.0, 0.7, 2.0, 0.5), strict=True))
+    assert AlignmentObjective(CONFIG, 0.4).weights(0) == objective.weights(4)
+
+
+def test_first_step_of_a_ramp_has_the_contrastive_gradient_only():
+    views, batch = make_views(), whole_batch()
+    loss = AlignmentObjective(replace(CONFIG, ramp_steps=4), 0.4)(views, batch, 0)
+    assert loss.terms["kl_output"] > 0 and loss.terms["kl_trajectory"] > 0  # reported all the same
+    expected = gradients(loss.terms["infonce_latent"] + 0.7 * loss.terms["infonce_explicit"], views)
+    for name, gradient in gradients(loss.total, views).items():
+        assert (gradient is None) == (expected[name] is None)
+        assert gradient is None or torch.equal(gradient, expected[name])
+
+
+@pytest.mark.parametrize(
+    "zero, untouched",
+    [
+        (("trajectory_weight",), {"query_steps_BKD"}),
+        (("explicit_weight",), {"teacher_BD"}),  # the KL's teacher is detached
+        (("explicit_weight", "output_weight"), {"teacher_BD"}),
+        (("explicit_weight", "output_weight", "trajectory_weight"), {"teacher_BD", "query_steps_BKD"}),
+    ],
+)
+def test_weight_of_zero_stays_out_of_the_graph(zero, untouched):
+    views = make_views()
+    loss = AlignmentObjective(replace(CONFIG, **dict.fromkeys(zero, 0.0)), 0.4)(views, whole_batch(), 0)
+    found = {name for name, gradient in gradients(loss.total, views).items() if gradient is None or not gradient.any()}
+    assert found == untouched | {"segments_BKD"}
+
+
+def test_term_of_weight_zero_cannot_spoil_the_total():
+    """0 * NaN is NaN: a diverged teacher must not reach a run that does not use it."""
+    views = make_views()
+    views = views._replace(teacher_BD=views.teacher_BD * torch.nan, segments_BKD=views.segments_BKD * torch.nan)
+    config = replace(CONFIG, explicit_weight=0.0, output_weight=0.0, trajectory_weight=0.0)
+    loss = AlignmentObjective(config, 0.4)(views, whole_batch(), 0)
+    assert loss.total.isfinite() and all(loss.terms[name] == 0 for name in TERMS[1:])
+
+
+def test_batch_without_rationale_has_the_contrastive_term_only():
+    views = make_views()._replace(teacher_BD=None, segments_BKD=None)
+    loss = AlignmentObjective(CONFIG, 0.4)(views, whole_batch(), 0)
+    assert torch.equal(loss.total, loss.terms["infonce_latent"]) and all(loss.terms[name] == 0 for name in TERMS[1:])
+    assert not {"explicit_top1_accuracy", "top1_agreement"} & set(loss.diagnostics)
+
+
+def test_masking_can_be_turned_off():
+    views, batch = make_views(), whole_batch()
+    masked = AlignmentObjective(CONFIG, 0.4)(views, batch, 0)
+    plain = AlignmentObjective(UNMASKED, 0.4)(views, batch, 0)
+    assert plain.terms["infonce_latent"] > masked.terms["infonce_latent"]  # fewer columns, smaller normaliser
+    assert "false_negatives_masked" not in plain.diagnostics
+    assert torch.equal(plain.total, all_rows_loss(AlignmentObjective(UNMASKED, 0.4), views, batch, 0).total)
+
+
+@pytest.mark.parametrize("convention, temperature", [("official", 0.05), ("paper", 0.02)])
+def test_trajectory_temperature_follows_the_convention(convention, temperature):
+    config = RunConfig(thinking=ThinkingConfig(convention=convention))
+    assert config.trajectory_temperature == temperature
+    assert replace(config, objective=ObjectiveConfig(trajectory_temperature=0.3)).trajectory_temperature == 0.3
+    assert (config.objective.temperature, config.objective.distill_temperature) == (0.02, 0.02)
+
+
+def test_diagnostics_of_an_example_made_by_hand():
+    """In the plane, by angle: query 0 ranks its positive first, query 1 third; their teachers both rank it first."""
+
+    def at(*degrees: float) -> Tensor:
+        radians = torch.tensor([math.radians(x) for x in degrees], dtype=torch.float64)
+        return torch.stack([radians.cos(), radians.sin()], 1)
+
+    views = Views(
+        query_BD=at(0, 90),
+        passage_PD=at(5, 80, 60, 95),
+        query_steps_BKD=at(0, 90)[:, None],
+        teacher_BD=at(2, 55),
+        segments_BKD=at(0, 0)[:, None],
+        soft_token_entropy=torch.tensor(1.5),
+    )
+    batch = make_batch([0, 2], [1, 2, 3, 1], [[1], [3]])
+    diagnostics = AlignmentObjective(CONFIG, 0.4)(views, batch, 0).diagnostics
+    assert {name: value.item() for name, value in diagnostics.items()} == {
+        "positive_mean_rank": (1 + 3) / 2,
+        "latent_top1_accuracy": 1 / 2,
+        "explicit_top1_accuracy": 1.0,
+        "top1_agreement": 1 / 2,
+        "soft_token_entropy": 1.5,
+        "false_negatives_masked": 1 / 8,  # the second copy of passage 1, for query 0
+    }
+    assert not any(value.requires_grad for value in diagnostics.values())
+
+
+def share_of_rank(views: Views, batch: PackedBatch, rank: int, world_size: int) -> tuple[Views, PackedBatch]:
+    b, p = B // world_size, B * G // world_size
+    own = {name: getattr(views, name).detach()[rank * b : (rank + 1) * b] for name in FIELDS}
+    own["passage_PD"] = views.passage_PD.detach()[rank * p : (rank + 1) * p]
+    rows = slice(rank * b, (rank + 1) * b)
+    return views._replace(**{name: value.requires_grad_() for name, value in own.items()}), replace(
+        batch,
+        queries=b,
+        labels_B=batch.labels_B[rows] - rank * p,
+        positive_keys_BX=batch.positive_keys_BX[rows],
+        passage_keys_P=batch.passage_keys_P[rank * p : (rank + 1) * p],
+    )
+
+
+def outcome_of_rank(rank: int, world_size: int) -> list[dict[str, dict[str, Tensor]]]:
+    """Terms, diagnostics and gradients of this rank's share: as trained, and as published."""
+    outcomes = []
+    for loss_of, config in ((AlignmentObjective.__call__, CONFIG), (all_rows_loss, UNMASKED)):
+        views, batch = share_of_rank(make_views(), whole_batch(), rank, world_size)
+        objective = AlignmentObjective(config, 0.4)
+        per_term = {}
+        for name in (*TERMS, "total"):
+            loss = loss_of(objective, views, batch, 0)
+            found = gradients(loss.total if name == "total" else loss.terms[name], views)
+            per_term[name] = {field: g for field, g in found.items() if g is not None}
+        values = {name: value.detach() for name, value in {**loss.terms, **loss.diagnostics}.items()}
+        outcomes.append({"values": values, **per_term})
+    return outcomes
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_ranks_together_equal_one_process(world_size):
+    """Mean over ranks of the values, and of the gradient: of each term apart, since errors in two can cancel."""
+    ranks = run_distributed(outcome_of_rank, world_size, init=True)
+    ours, published = zip(*ranks, strict=True)
+    whole = outcome_of_rank(0, 1)
+    for name, value in whole[0]["values"].items():
+        mean = torch.stack([rank["values"][name] for rank in ours]).mean(0)
+        assert_close_relative(mean, value, 1e-12, name)
+    for name in (*TERMS, "total"):
+        assert_same_gradient([rank[name] for rank in ours], whole[0][name], name)
+    for name in TERMS:  # all rows on every rank: no mean to take
+        assert_close_relative(published[1]["values"][name], whole[1]["values"][name], 1e-12, name)
+    assert_same_gradient([rank["total"] for rank in published], whole[1]["total"], "published total")
+
+
+def assert_same_gradient(ranks: list[dict[str, Tensor]], whole: dict[str, Tensor], term: str) -> None:
+    """Data parallelism averages over ranks: each row's gradient counts 1 / W."""
+    for field, gradient in whole.items():
+        joined = torch.cat([rank[field] for rank in ranks]) / len(ranks)
+        assert_close_relative(joined, gradient, 1e-12, f"{term}: gradient of {field}")
