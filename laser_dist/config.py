@@ -5,6 +5,7 @@ handed to DeepSpeed. Every value is checked before a process group starts; every
 """
 
 import dataclasses
+import difflib
 import json
 import math
 import string
@@ -372,7 +373,7 @@ def _from_table(cls: type, table: dict[str, Any], source: str, prefix: str) -> A
     for key, value in table.items():
         name = prefix + key
         if key not in known:
-            raise UserError(f'{source}: unknown key "{name}".{_suggest_key(cls, key, prefix)}')
+            raise UserError(f'{source}: unknown key "{name}".{_suggest_key(cls, key)}')
         if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, dict):
                 raise UserError(f"{source}: {name} is a section: write [{name}] above its keys")
@@ -382,15 +383,14 @@ def _from_table(cls: type, table: dict[str, Any], source: str, prefix: str) -> A
     return cls(**values)
 
 
-def _suggest_key(cls: type, key: str, prefix: str) -> str:
+def _suggest_key(cls: type, key: str) -> str:
+    """The nearest key of the same section, else of any section."""
     if near := suggest(key, get_type_hints(cls)):
         return near
-    elsewhere = [
-        f"{section}.{key}"
-        for section, kind in get_type_hints(RunConfig).items()
-        if dataclasses.is_dataclass(kind) and key in get_type_hints(kind)
-    ]
-    return f' It belongs to another section: "{elsewhere[0]}".' if elsewhere else ""
+    sections = {name: kind for name, kind in get_type_hints(RunConfig).items() if dataclasses.is_dataclass(kind)}
+    homes = {field: name for name, kind in sections.items() for field in get_type_hints(kind)}
+    nearest = difflib.get_close_matches(key, homes, n=1, cutoff=0.75)
+    return f' Did you mean "{homes[nearest[0]]}.{nearest[0]}"?' if nearest else ""
 
 
 def _coerce(kind: Any, value: Any, source: str, name: str) -> Any:

@@ -107,7 +107,6 @@ def test_recipe_mistakes_name_file_key_and_remedy(recipe, text, told):
         ("checkpoint", "keep", "0"),
         ("logging", "every", "0"),
         ("logging", "term_gradient_norms_every", "-1"),
-        ("logging", "profile_steps", "-1"),
     ],
 )
 def test_values_out_of_range(recipe, section, key, value):

@@ -96,23 +96,26 @@ def main(arguments: list[str]) -> int:
     prog = "laser-dist prepare"
     config = tyro.cli(PrepareConfig, args=arguments, prog=prog, description=HELP, config=(tyro.conf.UseAppendAction,))
     config.validate()
-    return _check(config.check) if config.check else _prepare(config)
+    if config.check:
+        return _check(config.check)
+    assert config.out is not None, "validate() requires it"
+    return _prepare(config, config.out)
 
 
-def _prepare(config: PrepareConfig) -> int:
+def _prepare(config: PrepareConfig, out: Path) -> int:
     from laser_dist.data.shards import write_shards
 
     tally = Tally()
     with _progress("reading") as tick:
         manifest = write_shards(
             tick(_examples(config, tally)),
-            config.out,
+            out,
             source=", ".join(config.sources),
             shard_examples=config.shard_examples,
             overwrite=config.overwrite,
             dropped=tally.dropped,
         )
-    print(_summary(config.out, manifest, tally))
+    print(_summary(out, manifest, tally))
     return 0
 
 

@@ -50,7 +50,7 @@ def parse_example(row: object, where: str) -> Example:
 
 def example_to_row(example: Example) -> dict[str, Any]:
     """The inverse of `parse_example`, in this project's field names; empty optional fields are left out."""
-    row = {"query_id": example.query_id, "query": example.query, "rationale": example.rationale}
+    row: dict[str, Any] = {"query_id": example.query_id, "query": example.query, "rationale": example.rationale}
     if example.instruction is not None:
         row["instruction"] = example.instruction
     for field in ("positives", "negatives"):

@@ -82,7 +82,8 @@ def read_qrels(path: str | Path) -> Qrels:
 
     Columns are separated by tabs, or by any blank space in a file line without a tab. Raises UserError.
     """
-    path, qrels = Path(path), {}
+    path = Path(path)
+    qrels: Qrels = {}
     header_allowed = True
     for where, line in _lines(path):
         columns = [c.strip() for c in (line.split("\t") if "\t" in line else line.split())]

@@ -154,7 +154,7 @@ def test_latent_view_sends_no_gradient_into_the_rationale(folders, checkpointing
 
 
 def test_shared_prefix_equals_rows_of_their_own(folders):
-    """Tokens, lengths and padding differ between the two, so their sums run in another order: 1e-12, not bit for bit."""
+    """Lengths and padding differ between the two, so that sums run in another order: 1e-12, not bit for bit."""
     model = packed(folders["qwen3", True])
     rows, passages = sequences()
     views = model(packed_batch())
