@@ -38,6 +38,19 @@ SCALARS = {
     "memory/peak": ("GiB", "max", "peak of the accelerator's allocations, or of the process's resident set on CPU"),
 }
 
+# What one wants to see in one chart: TensorBoard's "custom scalars" tab.
+CHARTS = {
+    "objective": {
+        "terms": [f"loss/{term}" for term in TERMS],
+        "weights": [f"weight/{term}" for term in TERMS],
+    },
+    "retrieval": {
+        "dev": ["dev/.*"],
+        "in-batch": ["train/latent_top1_accuracy", "train/explicit_top1_accuracy", "train/top1_agreement"],
+    },
+    "speed": {"seconds per step": [name for name in SCALARS if name.startswith("time/")]},
+}
+
 
 class MetricsLog:
     """Writes scalars under their names in SCALARS (and dev/* metrics); silent on other ranks than 0."""
@@ -64,6 +77,9 @@ class MetricsLog:
         """The resolved config and the legend of all scalars, as TensorBoard text."""
         if self.writer is None:
             return
+        self.writer.add_custom_scalars(
+            {section: {title: ["Multiline", tags] for title, tags in charts.items()} for section, charts in CHARTS.items()}
+        )
         self.writer.add_text("config", "```toml\n" + to_toml(config) + "```")
         legend = "\n".join(f"| {n} | {u} | {r} | {d} |" for n, (u, r, d) in SCALARS.items())
         self.writer.add_text("legend", "| scalar | unit | over ranks | meaning |\n|---|---|---|---|\n" + legend)
