@@ -112,6 +112,7 @@ def run_all(settings: Settings) -> dict[str, list[Outcome]]:
     for turn in range(min(2, settings.repeats)):
         repeats = settings.repeats // 2 if turn else (settings.repeats + 1) // 2
         for name in list(VARIANTS)[:: -1 if turn else 1]:
+            print(f"round {turn + 1}: {name} ...", file=sys.stderr, flush=True)
             outcome = _in_a_process(replace(settings, repeats=repeats), name, reference)
             outcomes[name].append(outcome)
             reference = reference or outcome
@@ -124,8 +125,9 @@ def _in_a_process(settings: Settings, variant: str, reference: Outcome | None) -
     code = "from laser_dist.bench.step import _child; _child()"
     child = subprocess.run([sys.executable, "-c", code], input=job, capture_output=True, text=True)
     if child.returncode:
-        lines = child.stderr.strip().splitlines() or ["no message"]
-        raise UserError(f"{variant}: {lines[-1].removeprefix('error: ')}")
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        known = last.startswith("error: ")
+        raise UserError(last.removeprefix("error: ") if known else f"{variant}: its process failed: {last}")
     return Outcome(**json.loads(child.stdout.splitlines()[-1]))
 
 
@@ -186,7 +188,7 @@ def _check_agreement(variant: str, actual: tuple[float, float], expected: tuple[
         if not abs(found - wanted) <= tolerance * abs(wanted):  # so that NaN disagrees, too
             first = next(iter(VARIANTS))
             raise UserError(
-                f"its {name} is {found:.7g}, that of `{first}` is {wanted:.7g}: more than {tolerance:g} apart. "
+                f"{variant}: its {name} is {found:.7g}, that of `{first}` {wanted:.7g}: more than {tolerance:g} apart. "
                 "Steps that compute different things are not compared, and nothing is reported"
             )
 

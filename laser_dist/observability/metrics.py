@@ -77,9 +77,8 @@ class MetricsLog:
         """The resolved config and the legend of all scalars, as TensorBoard text."""
         if self.writer is None:
             return
-        self.writer.add_custom_scalars(
-            {section: {title: ["Multiline", tags] for title, tags in charts.items()} for section, charts in CHARTS.items()}
-        )
+        layout = {name: {title: ["Multiline", tags] for title, tags in some.items()} for name, some in CHARTS.items()}
+        self.writer.add_custom_scalars(layout)
         self.writer.add_text("config", "```toml\n" + to_toml(config) + "```")
         legend = "\n".join(f"| {n} | {u} | {r} | {d} |" for n, (u, r, d) in SCALARS.items())
         self.writer.add_text("legend", "| scalar | unit | over ranks | meaning |\n|---|---|---|---|\n" + legend)

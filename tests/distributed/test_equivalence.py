@@ -1,4 +1,4 @@
-"""Any number of ranks, ZeRO stage, checkpointing, LoRA or tying gives the update of one process with the whole batch."""
+"""Any number of ranks, ZeRO stage, checkpointing, LoRA or tying: the update of one process with the whole batch."""
 
 import itertools
 from dataclasses import replace
@@ -116,7 +116,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_update_equals_one_process_with_the_whole_batch(world_size: int, folders: dict[str, Path]) -> None:
-    """Scaling a term by W, a gather without gradient, a K/V lost to checkpointing or a partitioned embedding show here."""
+    """A term scaled by W, a gather without gradient, K/V lost to checkpointing, a partitioned embedding show here."""
     cases = list(itertools.product(folders, range(4), (False, True), (False, True), (None,)))
     if world_size == 2:
         cases += [(tying, 3, True, False, term) for tying in folders for term in TERMS]

@@ -73,13 +73,12 @@ def test_rescaled_logits_are_refused(folder, tmp_path, name, value):
         load_backbone(config(tmp_path))
 
 
-@pytest.mark.xfail(strict=True, reason="missing weights are drawn at random, and the warning is muted")
 def test_weights_under_other_names_are_refused(folder, tmp_path):
     """The published trainer saves under `encoder.`; such a checkpoint must not load as a random model."""
     weights = load_file(folder / "model.safetensors")
     save_file({f"encoder.{k}": v for k, v in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="were saved under other names"):
         load_backbone(config(tmp_path))
 
 
