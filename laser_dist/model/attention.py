@@ -74,11 +74,18 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention output (1, tokens, heads, head); `latent` carries the store and the step this call runs in."""
     if latent is None:
         raise UserError("this model was loaded for packed latent thinking; call it through LaserRetriever")
+    if s_aux is not None or softcap is not None:
+        raise UserError(
+            f"{type(module).__name__} has attention sinks or soft-capped scores, which latent thinking does not "
+            "support: use a model with plain attention (Qwen3, Llama, Mistral, ...)"
+        )
     store, step = latent
     if sliding_window is not None and store.longest + step > sliding_window:
         raise UserError(

@@ -52,6 +52,10 @@ def load_backbone(config: ModelConfig) -> nn.Module:
             f"model.name = {config.name!r}: its weights lack {missing[0]} and {len(missing) - 1} other tensors: "
             "they are another model's, or were saved under other names"
         )
+    if any(getattr(module, "is_causal", True) is False for module in lm.modules()):
+        raise UserError(
+            f"{config.name}: its attention looks both ways; use a causal LM (Qwen3, Llama, ...)"
+        )
     if lm.get_output_embeddings() is None:
         raise UserError(f"{config.name}: has no LM head, which soft tokens need; use a causal LM checkpoint")
     return lm
@@ -97,6 +101,11 @@ def _load(factory: Any, model: ModelConfig, what: str, **arguments: object) -> A
             **arguments,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if PACKED_ATTENTION in str(error):
+            raise UserError(
+                f"model.name = {model.name!r}: ignores transformers' attention registry, which latent thinking needs; "
+                "use a decoder that honours attn_implementation (Qwen3, Llama, Mistral, ...)"
+            ) from error
         reason = str(error).strip().splitlines()
         raise UserError(
             f"model.name = {model.name!r}: cannot load its {what}: {reason[0] if reason else error!r} "
@@ -108,6 +117,13 @@ def _check_config(hf_config: PretrainedConfig, config: ModelConfig) -> None:
     if hf_config.is_encoder_decoder or hf_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
             f"model.name = {config.name!r}: {hf_config.model_type} is not a causal LM; use Qwen3, Llama, ..."
+        )
+    # State-space and convolution layers would carry tokens from one packed row into the next.
+    recurrent = [name for name in hf_config.to_dict() if name.startswith(("mamba_", "ssm_", "conv_L_"))]
+    if recurrent:
+        raise UserError(
+            f"model.name = {config.name!r}: {hf_config.model_type} has layers that are no attention ({recurrent[0]}); "
+            "use Qwen3, Llama, ..."
         )
     # Models that rescale embeddings or logits outside those modules would get soft tokens of the wrong scale.
     for name in ("embedding_multiplier", "logits_scaling", "final_logit_softcapping", "scale_emb"):

@@ -72,10 +72,11 @@ class LaserRetriever(nn.Module):
         output = self.decoder(
             inputs_embeds=inputs_XD[None], position_ids=positions_X[None], latent=(store, step), use_cache=False
         )
-        if not store.prefix:
+        if len(store.prefix) != self.base.config.num_hidden_layers:
             raise UserError(
-                f"{type(self.base).__name__} ignores transformers' attention registry, which latent thinking needs: "
-                "use a decoder that honours attn_implementation (Qwen3, Llama, Mistral, ...)"
+                f"{type(self.base).__name__}: {len(store.prefix)} of {self.base.config.num_hidden_layers} layers go "
+                "through transformers' attention registry, which latent thinking needs of all: use a decoder that "
+                "honours attn_implementation (Qwen3, Llama, Mistral, ...)"
             )
         return output.last_hidden_state[0]
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from laser_dist.errors import UserError
+
 
 class SoftToken(nn.Module):
     """t = softmax(logits) E: the embedding a model would feed itself, averaged over the vocabulary.
@@ -13,6 +15,12 @@ class SoftToken(nn.Module):
 
     def __init__(self, embedding: nn.Module):
         super().__init__()
+        scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))
+        if float(scale) != 1.0:
+            raise UserError(
+                f"{type(embedding).__name__} scales its rows by {float(scale):.4g}, which soft tokens do not support: "
+                "use a model with plain embeddings (Qwen3, Llama, Mistral, ...)"
+            )
         # A reference, not a child: the embedding stays where the backbone has it.
         object.__setattr__(self, "embedding", embedding)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from laser_kernels import alignment_loss_reference
 from torch import Tensor, nn
 
 from laser_dist.batch import PackedBatch, Views
@@ -110,6 +111,7 @@ class PublishedStep(nn.Module):
     def _read_rationale(self, batch: PackedBatch, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Explicit vectors (B, D) and the segment state of each step (B, K, D)."""
         view = self._padded(rows)
+        assert batch.segments_B is not None and batch.segment_ends_BM is not None
         output = self._lm(
             inputs_embeds=view.inputs_RLD, attention_mask=view.mask_RL, position_ids=view.positions_RL, use_cache=False
         )
@@ -118,7 +120,7 @@ class PublishedStep(nn.Module):
         # From an index into the packed tokens to one into the row, which begins after its pads.
         shift_B = hidden_BLD.shape[1] - lengths_B.cumsum(0)
         segment_BK = aligned_segments(batch.segments_B, self.steps, self.convention)
-        end_BK = batch.segment_ends_BM.gather(1, segment_BK) + shift_B[:, None]  # type: ignore[union-attr]
+        end_BK = batch.segment_ends_BM.gather(1, segment_BK) + shift_B[:, None]
         row_B1 = torch.arange(len(rows), device=end_BK.device)[:, None]
         return unit(hidden_BLD[:, -1]), hidden_BLD[row_B1, end_BK]
 
@@ -132,10 +134,9 @@ def all_rows_loss(objective: AlignmentObjective, views: Views, batch: PackedBatc
     Averaged over ranks, its gradient is the global batch's, as that of `AlignmentObjective` is; work and memory are
     W times as much. The published code never masks, so the objective must not either (ValueError).
     """
-    from laser_kernels import alignment_loss_reference
-
     if objective.config.mask_false_negatives:
         raise ValueError("the published objective masks no false negatives: set mask_false_negatives=False")
+    assert batch.labels_B is not None
     first_row_Q = torch.arange(world_size()).repeat_interleave(batch.queries) * len(views.passage_PD)
     values = alignment_loss_reference(
         _gather_own_gradient(views.query_BD),
@@ -149,8 +150,8 @@ def all_rows_loss(objective: AlignmentObjective, views: Views, batch: PackedBatc
         trajectory_temperature=objective.trajectory_temperature,
     )
     terms = dict(zip(TERMS, values, strict=True))
-    total = sum(weight * terms[name] for name, weight in objective.weights(step).items()) * world_size()
-    return LossTerms(terms, total, diagnostics={})
+    weighted = [weight * terms[name] for name, weight in objective.weights(step).items()]
+    return LossTerms(terms, torch.stack(weighted).sum() * world_size(), diagnostics={})
 
 
 def _gather_own_gradient(rows: Tensor | None) -> Any:

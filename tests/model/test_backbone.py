@@ -82,7 +82,6 @@ def test_weights_under_other_names_are_refused(folder, tmp_path):
         load_backbone(config(tmp_path))
 
 
-@pytest.mark.xfail(strict=True, reason="BERT has a causal-LM class, though its checkpoints read both ways")
 def test_bidirectional_encoder_is_refused(tmp_path):
     from transformers import BertLMHeadModel
 
