@@ -72,7 +72,10 @@ def main(argv: list[str]) -> int:
     """Run all stages; returns 0 when the trained model was evaluated and exported."""
     import tyro
 
+    from laser_dist.observability.console import quiet_libraries
+
     arguments = tyro.cli(Arguments, args=argv, prog="laser-dist quickstart", description=HELP)
+    quiet_libraries()
     stages, out = Stages(6), arguments.out
 
     stages.begin("backbone")

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import warnings
 
 from laser_dist.cli import run
 from laser_dist.config import load_config
@@ -19,9 +18,10 @@ def main(arguments: list[str]) -> int:
     config = load_config(arguments)
     ds_config = resolve(config.train.deepspeed, config)
     os.environ.setdefault("WDS_SECURE", "1")
-    # DeepSpeed still calls collectives by the names that torch 2.13 deprecates: a screenful at every step.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
+    from laser_dist.observability.console import quiet_libraries
+
+    quiet_libraries()
     from laser_dist.trainer import Trainer
 
     finished = Trainer(config, ds_config).fit()

@@ -53,9 +53,7 @@ def load_backbone(config: ModelConfig) -> nn.Module:
             "they are another model's, or were saved under other names"
         )
     if any(getattr(module, "is_causal", True) is False for module in lm.modules()):
-        raise UserError(
-            f"{config.name}: its attention looks both ways; use a causal LM (Qwen3, Llama, ...)"
-        )
+        raise UserError(f"{config.name}: its attention looks both ways; use a causal LM (Qwen3, Llama, ...)")
     if lm.get_output_embeddings() is None:
         raise UserError(f"{config.name}: has no LM head, which soft tokens need; use a causal LM checkpoint")
     return lm

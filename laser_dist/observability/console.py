@@ -1,9 +1,27 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines elsewhere; rank 0 only."""
 
+import os
+import sys
+import warnings
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say about themselves off the console; call it before they are imported."""
+    import torch
+    from transformers.utils import logging
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or every process warns that it found no GPU
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    # DeepSpeed still calls collectives by the names that torch 2.13 deprecates: a screenful at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # PEFT still uses names that transformers 5.23 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
 
 
 class TrainingProgress:
