@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _LINES_SHOWN = 40
+_INSIDE = "LASER_DIST_INSIDE_RUN_DISTRIBUTED"
 
 
 class RankFailed(RuntimeError):
@@ -42,6 +43,11 @@ def run_distributed(
     fails, or `timeout` seconds have passed, all are killed and RankFailed tells which was first and why. `init`: call
     `torch.distributed.init_process_group(backend)` before and destroy it after; otherwise only the environment is set.
     """
+    if os.environ.get(_INSIDE):
+        raise RuntimeError(
+            "run_distributed was called by a rank of run_distributed, probably while it loaded the caller's file: "
+            'put the call under `if __name__ == "__main__":` or into a test function'
+        )
     with tempfile.TemporaryDirectory(prefix="run-distributed-") as name:
         folder = Path(name)
         job = {
@@ -77,6 +83,7 @@ def _start(rank: int, world_size: int, folder: Path, port: int, extra: dict[str,
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(path),
+        _INSIDE: "1",
         "PYTHONFAULTHANDLER": "1",  # a stack for a crash, and for a hang (see _wait)
     }
     if sys.platform == "linux":

@@ -1,5 +1,8 @@
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,3 +83,16 @@ def test_assert_close_relative_judges_by_the_largest_magnitude():
         assert_close_relative(expected * float("nan"), expected, 1e-6)
     with pytest.raises(AssertionError, match="shape"):
         assert_close_relative(expected[:1], expected, 1e-6)
+
+
+def test_a_script_without_main_guard_does_not_start_itself_for_ever(tmp_path: Path) -> None:
+    """Each rank loads the caller's file; a call at its top level once filled a machine with processes."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from laser_dist.testing import run_distributed\n"
+        "def fn(rank, world_size):\n    return rank\n"
+        "run_distributed(fn, 2)\n"
+    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "if __name__" in result.stderr
