@@ -3,6 +3,7 @@
 batch -> engine(batch) -> Views -> gathered passages -> four terms -> finite on every rank? -> backward -> update.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -76,7 +77,9 @@ class Trainer:
             (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
         first, last = start * config.train.accumulation, self.total_steps * config.train.accumulation
         batches = training_batches(config, self.text, rank=rank(), world_size=world_size(), start=first, total=last)
+        self.best_metric = self.store.best_metric()
         with (
+            contextlib.closing(batches),
             MetricsLog(output, start_step=start, enabled=is_first) as self.log,
             TrainingProgress(self.total_steps, start, enabled=is_first) as self.progress,
         ):
@@ -100,7 +103,7 @@ class Trainer:
         rows = []
         for _ in range(config.train.accumulation):
             with clock.phase("data"):
-                loaded = next(batches)
+                loaded = self._next(batches)
                 batch = loaded.packed.to(self.engine.device)
             with clock.phase("forward"):
                 views = self.engine(batch)
@@ -130,13 +133,13 @@ class Trainer:
         last = step == self.total_steps
         stop = any(row["stop"] for row in gather_table({"stop": float(self.stop_requested)}))
         evaluation_due = last or (every_evaluation and step % every_evaluation == 0)
-        metric = self._evaluate(step) if evaluation_due and not stop else None
-        best = self.store.best_metric()
-        improved = metric is not None and (best is None or metric > best)
+        metric = self._evaluate(step) if evaluation_due and (last or not stop) else None
+        improved = metric is not None and (self.best_metric is None or metric > self.best_metric)
         if last or stop or improved or (every_save and step % every_save == 0):
             state = TrainerState(step, world_size(), self.engine.stage, self._fingerprint(), metric)
             saved = self.store.save(self.engine, state, self.text.tokenizer, self.card)
             if improved:
+                self.best_metric = metric
                 self.store.mark_best(saved)
             self.store.prune()
             self.progress.say(f"saved {saved}" + (" (stopping: a signal asked for it)" if stop else ""))
@@ -148,7 +151,8 @@ class Trainer:
         metrics = evaluate(self.encoder, *self.dev).metrics
         self.log.scalars(step, {f"dev/{name}": value for name, value in metrics.items()})
         self.progress.say(f"step {step} · dev " + " · ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
-        return metrics[self.config.evaluation.metric]
+        # Rank 0's, to the last bit: whether it is the best decides whether all ranks save.
+        return gather_objects(metrics[self.config.evaluation.metric])[0]
 
     def _resume(self) -> int:
         """The step to start from: 0, or that of the newest complete checkpoint."""
@@ -160,6 +164,18 @@ class Trainer:
         if checkpoint is None:
             return 0
         return self.store.load(self.engine, checkpoint, self._fingerprint()).step
+
+    def _next(self, batches: Iterator[TrainingBatch]) -> TrainingBatch:
+        """This rank's next micro-batch; what goes wrong on one rank ends all, instead of leaving them to wait."""
+        loaded, problem = None, None
+        try:
+            loaded = next(batches)
+        except UserError as error:
+            problem = str(error)
+        if any(row["failed"] for row in gather_table({"failed": float(problem is not None)})):
+            raise UserError(next(text for text in gather_objects(problem) if text))
+        assert loaded is not None
+        return loaded
 
     def _check_finite(self, step: int, loss: LossTerms, query_ids: tuple[str, ...]) -> None:
         """Stop, on all ranks alike, before a term that is not a number reaches a gradient."""
@@ -176,8 +192,12 @@ class Trainer:
         )
 
     def _fingerprint(self) -> str:
+        """Hash of what must not change on resume: all that decides the numbers, the data itself included."""
         kept = ("seed", "model", "thinking", "text", "data", "objective", "optimizer", "train")
         data = {name: value for name, value in asdict(self.config).items() if name in kept}
+        del data["data"]["train"], data["data"]["workers"], data["model"]["activation_checkpointing"]
+        manifest = load_manifest(Path(self.config.data.train))
+        data["shards"], data["steps"] = [shard.sha256 for shard in manifest.shards], self.total_steps
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def _announce(self, start: int) -> None:

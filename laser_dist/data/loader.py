@@ -1,9 +1,11 @@
 """Packed training batches: the stream of examples, tokenised in loader processes."""
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from laser_dist.batch import PackedBatch
@@ -41,7 +43,7 @@ class _Packer(IterableDataset):
 
 def training_batches(
     config: RunConfig, text: TextFormat, *, rank: int, world_size: int, start: int, total: int
-) -> Iterator[TrainingBatch]:
+) -> Generator[TrainingBatch, None, None]:
     """This rank's micro-batches start .. total - 1, in an order that depends on the seed only."""
     stream = ExampleStream(
         config.data.train,
@@ -55,5 +57,18 @@ def training_batches(
         shuffle_shards=config.data.shuffle_shards,
     )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are the parallelism
-    loader = DataLoader(_Packer(stream, text, config), batch_size=None, num_workers=config.data.workers)
+    loader = DataLoader(
+        _Packer(stream, text, config),
+        batch_size=None,
+        num_workers=config.data.workers,
+        worker_init_fn=_leave_signals_to_the_rank,
+        # A generator of its own: DataLoader draws a seed from the global one, which dropout continues on resume.
+        generator=torch.Generator(),
+    )
     return plain_errors(loader)
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    # Schedulers signal all processes. A loader that died of it would take the rank along before it can save.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

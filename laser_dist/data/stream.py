@@ -6,7 +6,7 @@ equally many queries at every step, and a run resumes at any micro-batch without
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -175,7 +175,7 @@ def check_enough(manifest: Manifest, queries_per_step: int) -> None:
         )
 
 
-def plain_errors(loader: Iterable[T]) -> Iterator[T]:
+def plain_errors(loader: Iterable[T]) -> Generator[T, None, None]:
     """The items of a DataLoader; a UserError raised in a worker comes out as itself, not as a quoted traceback."""
     try:
         yield from loader

@@ -10,6 +10,7 @@ checkpoints/latest, checkpoints/best   name the newest and the best one
 3. Rename. 4. Only then `latest` moves. A crash anywhere leaves the earlier checkpoints and nothing that looks complete.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,16 +22,18 @@ from typing import Any
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from laser_dist.config import CheckpointConfig
-from laser_dist.distributed.collectives import barrier, gather_table, rank, world_size
+from laser_dist.distributed.collectives import barrier, gather_objects, rank, world_size
 from laser_dist.distributed.engine import Engine
 from laser_dist.errors import UserError
 from laser_dist.retrieval.card import RetrieverCard
 
-SAFE_GLOBALS = [ZeroStageEnum, LossScaler, DynamicLossScaler]
+# What DeepSpeed stores beside tensors (stages 3, and 1 and 2); nothing else is unpickled.
+SAFE_GLOBALS = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,11 @@ class CheckpointStore:
         engine.ds.save_checkpoint(str(staging), tag="deepspeed", save_latest=False, exclude_frozen_parameters=frozen)
         save_file(_rng_state(engine.device), staging / f"rng_{rank():05d}.safetensors")
         barrier()
+        self._require_shared(staging)
         if rank() == 0:
             (staging / "trainer.json").write_text(json.dumps(asdict(state)) + "\n")
             _write_manifest(staging)
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(staging, final)
+            _rename_over(staging, final)
             _point(self.folder / "latest", final.name)
         barrier()
         return final
@@ -94,21 +97,24 @@ class CheckpointStore:
         return sorted(self.folder.glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))
 
     def best_metric(self) -> float | None:
-        best = self._pointed("best")
-        return read_state(self.folder / best).metric if best else None
+        """The best checkpoint's metric as rank 0 reads it: files may look different elsewhere, and ranks must agree."""
+        metric = None
+        if rank() == 0 and (best := self._pointed("best")):
+            with contextlib.suppress(UserError):  # a damaged best checkpoint is none
+                metric = read_state(self.folder / best).metric
+        return gather_objects(metric)[0]
 
     def newest_complete(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose files all match their manifest, and why newer ones were skipped."""
-        candidates, skipped, chosen = self.steps()[::-1], [], -1
-        if rank() == 0:
-            for i, candidate in enumerate(candidates):
-                if not (defect := verify(candidate)):
-                    chosen = i
-                    break
-                skipped.append(f"{candidate}: {defect}")
+        skipped: list[str] = []
+        chosen = None
+        for candidate in self.steps()[::-1] if rank() == 0 else []:
+            if not (defect := verify(candidate)):
+                chosen = candidate
+                break
+            skipped.append(f"{candidate}: {defect}")
         # Rank 0 reads and hashes; the others follow its choice.
-        chosen = int(gather_table({"chosen": float(chosen)})[0]["chosen"])
-        return (candidates[chosen] if chosen >= 0 else None), skipped
+        return gather_objects(chosen)[0], skipped
 
     def load(self, engine: Engine, checkpoint: Path, fingerprint: str) -> TrainerState:
         """Restore parameters, optimizer and RNG; UserError if the run was another one."""
@@ -130,6 +136,15 @@ class CheckpointStore:
             raise UserError(f"{checkpoint}/deepspeed cannot be loaded; remove {checkpoint} to use the one before it")
         _restore_rng(load_file(checkpoint / f"rng_{rank():05d}.safetensors"), engine.device)
         return state
+
+    def _require_shared(self, staging: Path) -> None:
+        """On folders that are not shared, rank 0 would hash and publish a checkpoint without the others' files."""
+        missing = [r for r in range(world_size()) if not (staging / f"rng_{r:05d}.safetensors").is_file()]
+        if missing := gather_objects(missing)[0]:
+            raise UserError(
+                f"{self.folder}: rank 0 does not see what ranks {missing} wrote: the output folder must be "
+                "shared by all nodes; choose one on shared storage with --output"
+            )
 
     def _pointed(self, name: str) -> str | None:
         path = self.folder / name
@@ -196,6 +211,25 @@ def _write_manifest(folder: Path) -> None:
         json.dump({"files": files}, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _rename_over(staging: Path, final: Path) -> None:
+    """Give `staging` its name; an older folder of that name goes only when the new one is in place."""
+    old = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(staging, final)
+    _sync_folder(final.parent)  # the name must be on disk before `latest` says it
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _point(pointer: Path, name: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from laser_dist.batch import PackedBatch, Views
+from laser_dist.errors import UserError
 
 
 class NonFiniteGradient(RuntimeError):
@@ -33,12 +34,23 @@ def init_distributed() -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if "RANK" not in os.environ:
+        _refuse_other_launchers()
         os.environ.update(defaults)
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local_rank)
     deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def _refuse_other_launchers() -> None:
+    """Without RANK every task would believe to be alone, and all would write into the same folder."""
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(os.environ.get(name) or 1) > 1:
+            raise UserError(
+                f"{name} = {os.environ[name]}, but RANK is not set: start with `deepspeed` or `torchrun`, or export "
+                "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each task"
+            )
 
 
 class Engine:
@@ -60,7 +72,12 @@ class Engine:
         return self.ds.device
 
     def __call__(self, batch: PackedBatch) -> Views:
-        return self.ds(batch)
+        """Forward on every rank alike.
+
+        DeepSpeed hooks the gradients of a module's outputs to begin its backward; the views returned lie past those
+        hooks, so that gradients with respect to them can be looked at without beginning one.
+        """
+        return Views(*(None if x is None else x.view_as(x) for x in self.ds(batch)))
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of one micro-batch, averaged over the accumulation window and the ranks."""

@@ -1,5 +1,6 @@
 """Scalars of a run: TensorBoard events and metrics.jsonl, written by rank 0 only."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -62,7 +63,7 @@ class MetricsLog:
             folder.mkdir(parents=True, exist_ok=True)
             # What an interrupted run logged after its last checkpoint is about to happen again.
             self._forget_after(start_step)
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Record values after optimizer step `step`."""
@@ -87,9 +88,13 @@ class MetricsLog:
     def _forget_after(self, step: int) -> None:
         if not self.file.is_file():
             return
-        rows = [row for row in self.file.read_text(encoding="utf-8").splitlines() if json.loads(row)["step"] <= step]
+        kept = []
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a crash can cut the last line off
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
         temporary = self.file.with_suffix(".partial")
-        temporary.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+        temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.file)
 
     def __enter__(self) -> "MetricsLog":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,25 +184,30 @@ def test_a_damaged_checkpoint_is_skipped_with_a_reason(setting: Path, tmp_path: 
     assert "resuming after step 4" in result.stderr
 
 
-def test_a_signal_saves_and_stops(setting: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_group", [False, True], ids=["rank", "group"])
+def test_a_signal_saves_and_stops(setting: Path, tmp_path: Path, whole_group: bool) -> None:
+    """Schedulers signal every process: a loader that died of it once took the rank along before it could save."""
+    flags = ("--output", tmp_path / "run", "--train.max-steps", 500, "--checkpoint.every", 0)
     process = subprocess.Popen(
-        command(
-            "train",
-            setting / "recipe.toml",
-            "--output",
-            tmp_path / "run",
-            "--train.max-steps",
-            500,
-            "--checkpoint.every",
-            0,
-        ),
+        command("train", setting / "recipe.toml", *flags),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     wait_for(lambda: (tmp_path / "run/metrics.jsonl").is_file())
-    process.send_signal(signal.SIGTERM)
+    if whole_group:
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
     assert (tmp_path / "run/checkpoints/latest").is_file()
+
+
+def test_a_step_launched_by_another_scheduler_without_ranks_is_refused(setting: Path, tmp_path: Path) -> None:
+    """Each task would believe to be alone, and all would write into the same folder."""
+    flags = ("--output", tmp_path / "run")
+    result = run("train", setting / "recipe.toml", *flags, check=False, env={"SLURM_NTASKS": "8"})
+    assert result.returncode == 2 and "SLURM_NTASKS = 8, but RANK is not set" in result.stderr
 
 
 def test_a_weight_that_is_not_a_number_stops_the_run_before_the_update(setting: Path, tmp_path: Path) -> None:
@@ -279,12 +285,35 @@ def test_checkpoint_and_export_give_the_trainers_vectors(setting: Path, tmp_path
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bfloat16_trains_under_every_stage(setting: Path, tmp_path: Path, stage: int) -> None:
-    """bfloat16 weights with float32 master copies follow the float32 run: losses agree to bfloat16's 8 bits."""
-    flags = ("--train.deepspeed", f"zero{stage}", "--optimizer.learning-rate", "1e-3", "--train.max-steps", "4")
+def test_every_stage_trains_and_resumes_in_bfloat16(setting: Path, tmp_path: Path, stage: int) -> None:
+    """bfloat16 weights with float32 master copies follow the float32 run, and a resumed run repeats itself.
+
+    Optimizer states of stages 1 and 2 once failed to load, because a type in them was not on the list of safe ones.
+    """
+    # Small steps, or rounding is amplified from step to step. A cosine's error of 2^-8 is 0.08 of a logit at the
+    # recipe's temperature of 0.05, and losses are near 8.
+    flags = ("--train.deepspeed", f"zero{stage}", "--optimizer.learning-rate", 1e-4, "--train.max-steps", 4)
+    flags += ("--logging.term-gradient-norms-every", 1, "--checkpoint.keep", 9)
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        run("train", setting / "recipe.toml", "--output", tmp_path / dtype, "--model.dtype", dtype, *flags)
+        arguments = ("train", setting / "recipe.toml", "--output", tmp_path / dtype, "--model.dtype", dtype, *flags)
+        run(*arguments)
         losses[dtype] = [row["loss/infonce_latent"] for row in rows(tmp_path / dtype)]
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.15)
-    assert losses["bfloat16"][-1] != losses["bfloat16"][0]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+    expected = weights(tmp_path / "bfloat16", 4)
+    shutil.rmtree(tmp_path / "bfloat16/checkpoints/step-000004")
+    run(*arguments, "--resume")
+    actual = weights(tmp_path / "bfloat16", 4)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_dropout_goes_on_where_it_stopped(setting: Path, tmp_path: Path) -> None:
+    """The loader once drew its seed from the generator that dropout continues."""
+    flags = ("--model.lora-rank", 4, "--model.lora-dropout", 0.3, "--train.max-steps", 4, "--checkpoint.keep", 9)
+    run("train", setting / "recipe.toml", "--output", tmp_path / "run", *flags)
+    adapters = tmp_path / "run/checkpoints/step-000004/model/adapter_model.safetensors"
+    expected = load_file(adapters)
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000004")
+    run("train", setting / "recipe.toml", "--output", tmp_path / "run", *flags, "--resume")
+    actual = load_file(adapters)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)

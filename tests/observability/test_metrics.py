@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from laser_dist.observability.clock import StepClock, peak_memory_gib
 from laser_dist.observability.metrics import CHARTS, SCALARS, MetricsLog
@@ -13,10 +14,15 @@ def test_resume_forgets_what_will_happen_again(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, start_step=0, enabled=True) as log:
         for step in (1, 2, 3):
             log.scalars(step, {"loss/total": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 4, "lo')  # a full disk cut the line off
     with MetricsLog(tmp_path, start_step=2, enabled=True) as log:
         log.scalars(3, {"loss/total": 30.0})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss/total"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss/total")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
