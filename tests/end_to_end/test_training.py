@@ -284,26 +284,37 @@ def test_checkpoint_and_export_give_the_trainers_vectors(setting: Path, tmp_path
     assert abs(untrained - expected).max() > 1e-3
 
 
+@pytest.fixture(scope="module")
+def bfloat16_losses(setting: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Of ZeRO-1."""
+    return losses_in_bfloat16(setting, tmp_path_factory.mktemp("bfloat16") / "run", stage=1)
+
+
+def losses_in_bfloat16(setting: Path, folder: Path, *flags: object, stage: int) -> list[float]:
+    flags = ("--train.deepspeed", f"zero{stage}", "--train.max-steps", 4, "--checkpoint.keep", 9, *flags)
+    flags += ("--logging.term-gradient-norms-every", 1, "--model.dtype", "bfloat16")
+    run("train", setting / "recipe.toml", "--output", folder, *flags)
+    return [row["loss/infonce_latent"] for row in rows(folder)]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_stage_trains_and_resumes_in_bfloat16(setting: Path, tmp_path: Path, stage: int) -> None:
-    """bfloat16 weights with float32 master copies follow the float32 run, and a resumed run repeats itself.
+def test_every_stage_trains_alike_in_bfloat16_and_resumes(
+    setting: Path, tmp_path: Path, bfloat16_losses: list[float], stage: int
+) -> None:
+    """Stages differ in how they shard float32 master copies, not in numbers; a resumed run repeats itself.
 
     Optimizer states of stages 1 and 2 once failed to load, because a type in them was not on the list of safe ones.
     """
-    # Small steps, or rounding is amplified from step to step. A cosine's error of 2^-8 is 0.08 of a logit at the
-    # recipe's temperature of 0.05, and losses are near 8.
-    flags = ("--train.deepspeed", f"zero{stage}", "--optimizer.learning-rate", 1e-4, "--train.max-steps", 4)
-    flags += ("--logging.term-gradient-norms-every", 1, "--checkpoint.keep", 9)
-    losses = {}
-    for dtype in ("float32", "bfloat16"):
-        arguments = ("train", setting / "recipe.toml", "--output", tmp_path / dtype, "--model.dtype", dtype, *flags)
-        run(*arguments)
-        losses[dtype] = [row["loss/infonce_latent"] for row in rows(tmp_path / dtype)]
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
-    expected = weights(tmp_path / "bfloat16", 4)
-    shutil.rmtree(tmp_path / "bfloat16/checkpoints/step-000004")
-    run(*arguments, "--resume")
-    actual = weights(tmp_path / "bfloat16", 4)
+    folder = tmp_path / "run"
+    losses = losses_in_bfloat16(setting, folder, stage=stage)
+    # ZeRO-0 adds up micro-batches in bfloat16 and in another order; Adam's first step turns a rounded gradient near 0
+    # into a whole step. So it is compared before its first update, the others after each.
+    compared = 1 if stage == 0 else 4
+    assert losses[:compared] == pytest.approx(bfloat16_losses[:compared], rel=1e-3)
+    expected = weights(folder, 4)
+    shutil.rmtree(folder / "checkpoints/step-000004")
+    assert losses_in_bfloat16(setting, folder, "--resume", stage=stage) == losses
+    actual = weights(folder, 4)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
