@@ -139,8 +139,9 @@ def _prepare(shards: Path) -> str:
 
 def _evaluated(config: RunConfig, file: Path, *, trained: bool) -> dict[str, Any]:
     """Results on the test queries; read from `file` if the same model wrote them."""
+    from laser_dist.files import write_json
     from laser_dist.retrieval.bm25 import bm25_run
-    from laser_dist.retrieval.collection import read_collection, write_json
+    from laser_dist.retrieval.collection import read_collection
     from laser_dist.retrieval.encoder import LaserEncoder
     from laser_dist.retrieval.evaluate import evaluate
     from laser_dist.retrieval.metrics import evaluate_run

@@ -21,6 +21,7 @@ from webdataset.writer import TarWriter
 from laser_dist.batch import Example
 from laser_dist.data.schema import example_to_row
 from laser_dist.errors import UserError
+from laser_dist.files import sync_folder
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -79,11 +80,11 @@ def write_shards(
             raise UserError(f"no example to write to {out}: the source is empty, or every row was dropped")
         manifest = Manifest(source, counted.examples, counted.without_rationale, shards, dict(dropped or {}))
         _write_durably(partial / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
-        _fsync(partial)
+        sync_folder(partial)
         if out.is_dir() and any(out.iterdir()):
             out.rename(old)
         partial.rename(out)
-        _fsync(out.parent)
+        sync_folder(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write shards to {out}: {error}") from error
@@ -200,11 +201,3 @@ def _write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -30,6 +30,7 @@ from laser_dist.config import CheckpointConfig
 from laser_dist.distributed.collectives import barrier, gather_objects, rank, world_size
 from laser_dist.distributed.engine import Engine
 from laser_dist.errors import UserError
+from laser_dist.files import replacing, sync_folder
 from laser_dist.retrieval.card import RetrieverCard
 
 # What DeepSpeed stores beside tensors (stages 3, and 1 and 2); nothing else is unpickled.
@@ -220,25 +221,13 @@ def _rename_over(staging: Path, final: Path) -> None:
     if final.exists():
         os.rename(final, old)
     os.rename(staging, final)
-    _sync_folder(final.parent)  # the name must be on disk before `latest` says it
+    sync_folder(final.parent)  # the name must be on disk before `latest` says it
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _point(pointer: Path, name: str) -> None:
-    temporary = pointer.with_name(f".{pointer.name}.partial")
-    with temporary.open("w") as stream:
-        stream.write(name + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, pointer)
+    with replacing(pointer) as temporary:
+        temporary.write_text(name + "\n")
 
 
 def _sha256(path: Path) -> str:

@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
 from laser_dist.config import RunConfig, to_toml
+from laser_dist.files import replacing
 from laser_dist.objective.alignment import TERMS
 
 # name -> (unit, how it is reduced over ranks, what it says)
@@ -93,9 +93,8 @@ class MetricsLog:
             with contextlib.suppress(ValueError):  # a crash can cut the last line off
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-        temporary = self.file.with_suffix(".partial")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.file)
+        with replacing(self.file) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -5,9 +5,7 @@ a strict reader: every complaint is a UserError with file, line, field and remed
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,30 +131,6 @@ def keep_judged(queries: Queries, qrels: Mapping[str, Mapping[str, int]]) -> tup
     columns = (queries.ids, queries.texts, queries.instructions, queries.rationales)
     selected = Queries(*([column[row] for row in kept] for column in columns))
     return selected, {query: dict(qrels[query]) for query in selected.ids}
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it becomes `path` when the block succeeds and vanishes when not.
-
-    A reader therefore sees the old file or the whole new one, never half of it.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, value: object) -> None:
-    """Write `value` as indented JSON, under a temporary name first."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

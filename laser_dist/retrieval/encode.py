@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from laser_dist.errors import UserError
-from laser_dist.retrieval.collection import iter_passages, write_json
+from laser_dist.files import write_json
+from laser_dist.retrieval.collection import iter_passages
 
 if TYPE_CHECKING:
     from laser_dist.retrieval.encoder import LaserEncoder

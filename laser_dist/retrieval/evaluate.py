@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from laser_dist.errors import UserError
-from laser_dist.retrieval.collection import Corpus, Queries, keep_judged, read_collection, write_json
+from laser_dist.files import write_json
+from laser_dist.retrieval.collection import Corpus, Queries, keep_judged, read_collection
 from laser_dist.retrieval.metrics import METRICS, Run, evaluate_run
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from laser_dist.errors import UserError
-from laser_dist.retrieval.collection import replacing
+from laser_dist.files import replacing
 from laser_dist.retrieval.metrics import Run
 
 _INDEX_BITS = 32

@@ -5,14 +5,13 @@ import json
 import pytest
 
 from laser_dist.errors import UserError
+from laser_dist.files import replacing, write_json
 from laser_dist.retrieval.collection import (
     keep_judged,
     read_collection,
     read_corpus,
     read_qrels,
     read_queries,
-    replacing,
-    write_json,
 )
 
 
