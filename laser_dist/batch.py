@@ -60,7 +60,7 @@ class PackedBatch:
     segments_B: Tensor | None = None  # (B,) int64 - segments per rationale
     labels_B: Tensor | None = None  # (B,) int64 - row among this rank's P passages that holds the positive
     positive_keys_BX: Tensor | None = None  # (B, X) int64 - keys of all positives of the query; the first repeats
-    passage_keys_P: Tensor | None = None  # (P,) int64 - key of each passage: equal keys, same passage
+    passage_keys_P: Tensor | None = None  # (P,) int64 - key of each passage: equal keys, same title and text
     query_ids: tuple[str, ...] = ()
 
     @property

@@ -112,7 +112,11 @@ class DataConfig:
     """Training shards and how they are read."""
 
     train: str = ""
-    """Folder written by `laser-dist prepare` (shards and manifest.json)."""
+    """Folder written by `laser-dist prepare` (shards and manifest.json), or its address: https://... or s3://..."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Instead of train: several folders or addresses, each with its weight, e.g. {"shards/a" = 2, "s3://b/c" = 1}."""
+    homogeneous: int = 0
+    """With mix: so many consecutive queries come from one set; queries_per_rank x ranks, or a multiple. 0: no."""
     negatives: int = 1
     """Hard negatives per query (G = 1 + negatives); queries with fewer reuse theirs, and the share is logged."""
     shuffle: bool = True
@@ -121,11 +125,48 @@ class DataConfig:
     """Shards shuffled together: bounds the memory of the shuffle."""
     workers: int = 1
     """Loader processes per rank; 0 loads in the training process."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A damaged shard or row: stop, or report it in OUTPUT/quarantine.jsonl and put another row in its place."""
+    max_skipped: float = 0.01
+    """With skip: stop when more than this share of all examples is damaged."""
+    cache: str = ""
+    """Folder for the shards of addresses; unset: ~/.cache/laser_dist/shards. Share it between runs on one machine."""
+    cache_gib: float = 50.0
+    """Size of the cache; the least recently used shards go first."""
+    timeout: float = 30.0
+    """Seconds without an answer or a byte after which a server is asked again."""
+    attempts: int = 5
+    """Attempts to fetch a shard, with growing pauses, before it counts as damaged."""
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """Folder or address -> weight."""
+        return self.mix or {self.train: 1.0}
 
     def __post_init__(self) -> None:
         _require(self.negatives >= 0, "data.negatives", self.negatives, "must be 0 or more")
         _require(self.shuffle_shards >= 1, "data.shuffle_shards", self.shuffle_shards, "must be at least 1")
         _require(self.workers >= 0, "data.workers", self.workers, "must be 0 or more")
+        _require(self.homogeneous >= 0, "data.homogeneous", self.homogeneous, "must be 0 or more")
+        _require(0 <= self.max_skipped < 1, "data.max_skipped", self.max_skipped, "must be in [0, 1)")
+        _require(self.attempts >= 1, "data.attempts", self.attempts, "must be at least 1")
+        for name in ("cache_gib", "timeout"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, f"data.{name}", value, "must be finite and positive")
+        for weight in self.mix.values():  # without their places, which may hold secrets until they are checked
+            _require(math.isfinite(weight) and weight > 0, "data.mix", weight, "weights are finite and positive")
+
+    def validate(self) -> None:
+        """UserError unless there are sources, each an address or a folder with a manifest."""
+        _require(bool(self.train or self.mix), "data.train", "", "give the folder that `laser-dist prepare` wrote")
+        _require(not (self.train and self.mix), "data.mix", list(self.mix.values()), "give either train or mix")
+        key = "data.mix" if self.mix else "data.train"
+        for place in self.sources:
+            manifest = Path(place) / "manifest.json"
+            remedy = f"{manifest} does not exist; write it with `laser-dist prepare --source FILE --out {place}`"
+            _require(
+                "://" in place or manifest.is_file(), key, place, remedy
+            )  # addresses are asked when they are opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +188,7 @@ class ObjectiveConfig:
     trajectory_temperature: float | None = None
     """Tau of the trajectory distillation; unset: 0.05 (official) or 0.02 (paper)."""
     mask_false_negatives: bool = True
-    """Drop columns that are another copy of one of the row's own positives, by passage id."""
+    """Drop columns that are another copy of one of the row's own positives, whatever its id: same title and text."""
 
     def __post_init__(self) -> None:
         for name in ("explicit_weight", "output_weight", "trajectory_weight"):
@@ -297,16 +338,7 @@ class RunConfig:
         _require(
             bool(self.model.name), "model.name", self.model.name, "give a hub id or a folder, e.g. Qwen/Qwen3-0.6B"
         )
-        _require(
-            bool(self.data.train), "data.train", self.data.train, "give the folder that `laser-dist prepare` wrote"
-        )
-        manifest = Path(self.data.train) / "manifest.json"
-        _require(
-            manifest.is_file(),
-            "data.train",
-            self.data.train,
-            f"{manifest} does not exist; write it with `laser-dist prepare --source FILE --out {self.data.train}`",
-        )
+        self.data.validate()
         _require(
             self.text.max_explicit_tokens >= self.text.max_query_tokens + 2,
             "text.max_explicit_tokens",
@@ -407,6 +439,8 @@ def _coerce(kind: Any, value: Any, source: str, name: str) -> Any:
         if variadic or len(value) == len(arguments):
             kinds = [arguments[0]] * len(value) if variadic else arguments
             return tuple(_coerce(k, v, source, name) for k, v in zip(kinds, value, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {key: _coerce(arguments[1], item, source, name) for key, item in value.items()}
     if kind is float and type(value) is int:
         return float(value)
     if isinstance(kind, type) and type(value) is kind:
@@ -430,5 +464,9 @@ def to_toml(config: RunConfig) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, dict):
+        return (
+            "{" + ", ".join(f"{json.dumps(k, ensure_ascii=False)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+        )
     # JSON's booleans, strings and numbers are TOML's too.
     return json.dumps(value, ensure_ascii=False)

@@ -17,8 +17,8 @@ import torch
 
 from laser_dist.config import RunConfig, to_toml
 from laser_dist.data.loader import TrainingBatch, training_batches
-from laser_dist.data.shards import load_manifest
-from laser_dist.data.stream import check_enough
+from laser_dist.data.quarantine import Quarantine
+from laser_dist.data.sets import TrainingData, open_data
 from laser_dist.data.text import TextFormat
 from laser_dist.distributed.checkpoint import CheckpointStore, TrainerState
 from laser_dist.distributed.collectives import gather_objects, gather_table, rank, world_size
@@ -47,7 +47,8 @@ class Trainer:
         self.config = config
         # What can be wrong with files is found before any process waits for another.
         self.queries_per_step = config.train.queries_per_rank * config.train.accumulation * launched_world_size()
-        self.total_steps = total_steps(config, self.queries_per_step)
+        self.data = open_data(config.data)
+        self.total_steps = total_steps(config, self.data, self.queries_per_step)
         self.text = TextFormat(load_tokenizer(config.model), config.text, steps=config.thinking.steps)
         if config.objective.needs_rationale:
             self.text.require_eos()
@@ -75,8 +76,16 @@ class Trainer:
         if is_first:
             output.mkdir(parents=True, exist_ok=True)
             (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        first, last = start * config.train.accumulation, self.total_steps * config.train.accumulation
-        batches = training_batches(config, self.text, rank=rank(), world_size=world_size(), start=first, total=last)
+        self.quarantine = open_quarantine(config, self.data, output / "quarantine.jsonl")
+        batches = training_batches(
+            config,
+            self.data,
+            self.text,
+            rank=rank(),
+            world_size=world_size(),
+            start=self.position,
+            total=(self.total_steps - start) * config.train.accumulation,
+        )
         self.best_metric = self.store.best_metric()
         with (
             contextlib.closing(batches),
@@ -119,12 +128,15 @@ class Trainer:
                 gradient_norm = self.engine.step()
             except NonFiniteGradient:
                 self._refuse(step, "the gradient is not finite on at least one rank", batch.query_ids)
+        self.position += self.queries_per_step
         return {
             **step_scalars(rows, clock, self.queries_per_step),
             **{f"weight/{name}": value for name, value in self.objective.weights(step).items()},
             "train/gradient_norm": gradient_norm,
             "train/learning_rate": rate,
             "train/epoch": loaded.epoch,
+            "data/skipped_shards": float(self.quarantine.shards),
+            "data/skipped_examples": float(self.quarantine.lost),
         }
 
     def _after_step(self, step: int) -> bool:
@@ -136,7 +148,7 @@ class Trainer:
         metric = self._evaluate(step) if evaluation_due and (last or not stop) else None
         improved = metric is not None and (self.best_metric is None or metric > self.best_metric)
         if last or stop or improved or (every_save and step % every_save == 0):
-            state = TrainerState(step, world_size(), self.engine.stage, self._fingerprint(), metric)
+            state = TrainerState(step, world_size(), self.engine.stage, self._fingerprint(), metric, self.position)
             saved = self.store.save(self.engine, state, self.text.tokenizer, self.card)
             if improved:
                 self.best_metric = metric
@@ -155,7 +167,8 @@ class Trainer:
         return gather_objects(metrics[self.config.evaluation.metric])[0]
 
     def _resume(self) -> int:
-        """The step to start from: 0, or that of the newest complete checkpoint."""
+        """The step to start from, 0 or that of the newest complete checkpoint; sets `position` and `total_steps`."""
+        self.position = 0
         if not self.config.resume:
             return 0
         checkpoint, skipped = self.store.newest_complete()
@@ -163,7 +176,10 @@ class Trainer:
             print(f"skipped an incomplete checkpoint: {reason}", flush=True)
         if checkpoint is None:
             return 0
-        return self.store.load(self.engine, checkpoint, self._fingerprint()).step
+        state = self.store.load(self.engine, checkpoint, self._fingerprint())
+        self.position = state.step * self.queries_per_step if state.position is None else state.position
+        self.total_steps = total_steps(self.config, self.data, self.queries_per_step, state.step, self.position)
+        return state.step
 
     def _next(self, batches: Iterator[TrainingBatch]) -> TrainingBatch:
         """This rank's next micro-batch; what goes wrong on one rank ends all, instead of leaving them to wait."""
@@ -172,8 +188,13 @@ class Trainer:
             loaded = next(batches)
         except UserError as error:
             problem = str(error)
-        if any(row["failed"] for row in gather_table({"failed": float(problem is not None)})):
+        defects = loaded.defects if loaded else ()
+        table = gather_table({"failed": float(problem is not None), "defects": float(len(defects))})
+        if any(row["failed"] for row in table):
             raise UserError(next(text for text in gather_objects(problem) if text))
+        if any(row["defects"] for row in table):
+            for r, found in enumerate(gather_objects(defects)):  # all of them on all ranks, which so stop together
+                self.quarantine.add(found, rank=r)
         assert loaded is not None
         return loaded
 
@@ -192,13 +213,16 @@ class Trainer:
         )
 
     def _fingerprint(self) -> str:
-        """Hash of what must not change on resume: all that decides the numbers, the data itself included."""
+        """Hash of what must not change on resume: all that decides the numbers, the data itself included.
+
+        Not where the data lies or who reads it, nor how many queries a step takes: the data goes on at its position.
+        """
         kept = ("seed", "model", "thinking", "text", "data", "objective", "optimizer", "train")
-        data = {name: value for name, value in asdict(self.config).items() if name in kept}
-        del data["data"]["train"], data["data"]["workers"], data["model"]["activation_checkpointing"]
-        manifest = load_manifest(Path(self.config.data.train))
-        data["shards"], data["steps"] = [shard.sha256 for shard in manifest.shards], self.total_steps
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+        table = {name: value for name, value in asdict(self.config).items() if name in kept}
+        order = ("homogeneous", "negatives", "shuffle", "shuffle_shards")
+        table["data"] = {name: table["data"][name] for name in order} | {"sets": self.data.fingerprint()}
+        del table["train"]["queries_per_rank"], table["model"]["activation_checkpointing"]
+        return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
     def _announce(self, start: int) -> None:
         model = self.config.model
@@ -211,16 +235,28 @@ class Trainer:
         )
 
 
-def total_steps(config: RunConfig, queries_per_step: int) -> int:
-    """Optimizer steps of the run. UserError if the shards cannot serve it."""
-    manifest = load_manifest(Path(config.data.train))
-    check_enough(manifest, queries_per_step)
-    if config.objective.needs_rationale and manifest.without_rationale:
+def total_steps(config: RunConfig, data: TrainingData, queries_per_step: int, step: int = 0, position: int = 0) -> int:
+    """Optimizer steps of the run, of which `step` took the examples before `position`.
+
+    UserError if the shards cannot serve it.
+    """
+    data.check_enough(queries_per_step)
+    if config.objective.needs_rationale and data.without_rationale:
+        places = ", ".join(config.data.sources)
         raise UserError(
-            f"{config.data.train} holds {manifest.without_rationale} examples without a rationale, which the explicit "
+            f"{places} holds {data.without_rationale} examples without a rationale, which the explicit "
             "view needs: prepare with --missing-rationale drop, or set explicit, output and trajectory weights to 0"
         )
-    return config.train.max_steps or max(1, int(config.train.epochs * manifest.examples / queries_per_step))
+    left = int(config.train.epochs * data.examples) - position
+    return config.train.max_steps or max(1, step + left // queries_per_step)
+
+
+def open_quarantine(config: RunConfig, data: TrainingData, report: Path) -> Quarantine:
+    """What was skipped so far, an interrupted part of the run included; alike on all ranks, written by rank 0."""
+    quarantine = Quarantine(data.examples, config.data.max_skipped, report if rank() == 0 else None)
+    lines = report.read_text(encoding="utf-8").splitlines() if rank() == 0 and report.is_file() else []
+    quarantine.recall(gather_objects(lines)[0])
+    return quarantine
 
 
 def read_dev_set(config: RunConfig) -> tuple[Corpus, Queries, Qrels] | None:

@@ -5,14 +5,24 @@ import sys
 
 from laser_dist.errors import suggest
 
-BENCHMARKS = {"step": "laser_dist.bench.step"}
-USAGE = """usage: laser-dist bench step ...
+BENCHMARKS = {
+    "step": "laser_dist.bench.step",
+    "loader": "laser_dist.bench.loader",
+    "prepare": "laser_dist.bench.prepare",
+    "resume": "laser_dist.bench.resume",
+}
+USAGE = """usage: laser-dist bench NAME ...
 
 benchmarks:
-  step   One training step, ours and the published one: time, memory, tokens
+  step     One training step, ours and the published one: time, memory, tokens
+  loader   Reading, tokenising and packing, ours and plain pipelines: examples/s, tokens/s
+  prepare  Rows per second and memory of `prepare` and `prepare --check`
+  resume   Seconds to the first batch when a run continues at several places of a large set
 
 example:
   laser-dist bench step --model Qwen/Qwen3-0.6B --queries 8 --out step.json
+  laser-dist bench loader --paper-lengths --out loader.json
+  laser-dist bench prepare --rows 1000000 --workers 2
 """
 
 

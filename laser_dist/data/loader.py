@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from laser_dist.batch import PackedBatch
 from laser_dist.config import RunConfig
+from laser_dist.data.quarantine import Defect
+from laser_dist.data.sets import TrainingData
 from laser_dist.data.stream import ExampleStream, draw_passages, plain_errors
 from laser_dist.data.text import TextCounts, TextFormat
 
@@ -21,6 +23,7 @@ class TrainingBatch:
     packed: PackedBatch
     epoch: float  # passes over the data so far
     counts: dict[str, int]  # see TextCounts, plus queries_reusing_negatives
+    defects: tuple[Defect, ...] = ()  # what had to be skipped, see ExampleStream
 
 
 class _Packer(IterableDataset):
@@ -33,28 +36,31 @@ class _Packer(IterableDataset):
             self.text.counts = TextCounts()
             examples = [example for _, example in micro.items]
             passages = [
-                draw_passages(example, config.data.negatives, (config.seed, position))
+                draw_passages(example, config.data.negatives, (config.seed, self.stream.passes(position)))
                 for position, example in micro.items
             ]
             packed = self.text.batch(examples, passages, with_rationale=config.objective.needs_rationale)
             reusing = sum(len(example.negatives) < config.data.negatives for example in examples)
-            yield TrainingBatch(packed, micro.epoch, {**asdict(self.text.counts), "queries_reusing_negatives": reusing})
+            counts = {**asdict(self.text.counts), "queries_reusing_negatives": reusing}
+            yield TrainingBatch(packed, micro.epoch, counts, micro.defects)
 
 
 def training_batches(
-    config: RunConfig, text: TextFormat, *, rank: int, world_size: int, start: int, total: int
+    config: RunConfig, data: TrainingData, text: TextFormat, *, rank: int, world_size: int, start: int, total: int
 ) -> Generator[TrainingBatch, None, None]:
-    """This rank's micro-batches start .. total - 1, in an order that depends on the seed only."""
+    """This rank's next `total` micro-batches from position `start`, in an order that depends on the seed only."""
     stream = ExampleStream(
-        config.data.train,
+        data,
         seed=config.seed,
         queries_per_rank=config.train.queries_per_rank,
         total_batches=total,
-        start_batch=start,
+        start=start,
         rank=rank,
         world_size=world_size,
         shuffle=config.data.shuffle,
         shuffle_shards=config.data.shuffle_shards,
+        homogeneous=config.data.homogeneous,
+        max_skipped=config.data.max_skipped if config.data.on_error == "skip" else None,
     )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are the parallelism
     loader = DataLoader(

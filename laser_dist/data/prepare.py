@@ -1,92 +1,133 @@
-"""`laser-dist prepare`: sources -> checked shards, or `--check`: a folder of shards -> every hash and every row."""
+"""`laser-dist prepare`: sources -> checked shards, or `--check`: a folder of shards -> everything it claims."""
 
+import errno
+import os
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from laser_dist import __version__
+from laser_dist.data.preparing import Bar, length_table, waiting
 from laser_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from laser_dist.batch import Example
-    from laser_dist.data.shards import Manifest
+    from laser_dist.data.build import Totals
+    from laser_dist.data.manifest import Manifest
+    from laser_dist.data.partial import PartialSet
 
 HELP = """Turn examples into checked WebDataset shards for `laser-dist train`.
 
 Examples:
   laser-dist prepare --source train.jsonl --out shards/
-  laser-dist prepare --source a.jsonl b.parquet --missing-rationale drop --out shards/ --overwrite
+  laser-dist prepare --source a.jsonl b.parquet --missing-rationale drop --dev-share 0.02 --out shards/ --overwrite
+  laser-dist prepare --source org/name --fields query=question rationale=cot --licence cc-by-4.0 --out shards/
+  laser-dist prepare --source fever/ --missing-rationale keep --out shards/        (a BEIR folder)
+  laser-dist prepare --source big.jsonl.zst --on-error skip --duplicates drop --tokenizer Qwen/Qwen3-0.6B --out shards/
   laser-dist prepare --check shards/
+
+An interrupted command continues where it was when it is given again.
 """
-_SHOWN = 5  # defects named before giving up: enough to mend several at once, few enough to read
+Groups = tuple[tuple[str, ...], ...]
+_NOT_CONTENT = "source out overwrite check workers weight licence max_skipped".split()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """What is read, what is refused, and where the shards go."""
 
-    source: tuple[tuple[str, ...], ...] = ()
-    """JSONL or Parquet files, a saved dataset folder, or a hub id; one or several."""
+    source: Groups = ()
+    """JSONL (also .gz, .zst) or Parquet files or folders of them, a saved dataset, a BEIR folder, or a hub id."""
     out: Path | None = None
     """Folder to write; it appears only when everything is in it."""
+    layout: Literal["auto", "passages", "triplets", "beir"] = "auto"
+    """How rows look; auto: decided by each source's first row. See laser_dist/data/layouts.py."""
+    fields: Groups = ()
+    """OURS=THEIRS ...: fields with other names, for example query=question rationale=cot text=contents."""
+    weight: tuple[tuple[float, ...], ...] = ()
+    """One per source: its share in training relative to the others; noted in the manifest."""
+    licence: Groups = ()
+    """One per source, or one for all; unset: what a dataset's card says."""
     missing_rationale: Literal["error", "drop", "keep"] = "error"
     """Rows without a rationale: stop, leave them out, or keep them (for purely contrastive training)."""
     duplicates: Literal["error", "drop"] = "error"
     """Rows whose query_id was seen before: stop, or leave them out."""
+    duplicate_queries: Literal["error", "drop", "keep"] = "keep"
+    """Rows whose query was seen before, but for case, blank space and Unicode form: stop, leave out, or keep."""
+    contradictions: Literal["error", "drop"] = "error"
+    """Negatives that are positives of the same row: stop, or leave these negatives out."""
+    max_characters: int = 200_000
+    """Longest query, rationale or passage."""
+    too_long: Literal["error", "drop"] = "error"
+    """Rows with a longer text: stop, or leave them out."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """Rows that are wrong: name the first of them and stop, or list them in skipped.jsonl and go on."""
+    max_skipped: int = 100
+    """With --on-error skip: stop when more rows than this are wrong."""
+    dev_share: float = 0.0
+    """Share of the queries that is held out, as a collection for `laser-dist evaluate` in OUT/dev."""
+    dev_queries: int | None = None
+    """Number of queries that is held out instead; takes a second reading."""
+    tokenizer: str | None = None
+    """Model whose tokens are counted in the length statistics, too."""
     shard_examples: int = 1000
     """Examples per shard."""
     limit: int | None = None
     """Stop after this many examples."""
+    workers: int | None = None
+    """Processes that parse and check rows; unset: one per core, at most 8. The result is the same for any number."""
     overwrite: bool = False
     """Replace shards that are already in the folder."""
     check: Path | None = None
-    """Write nothing; verify every hash and row of this folder."""
+    """Write nothing; verify everything this folder's manifest claims. Exit code 1 if anything is wrong."""
 
     @property
     def sources(self) -> list[str]:
         return [name for group in self.source for name in group]
 
+    @property
+    def processes(self) -> int:
+        return self.workers or min(8, len(os.sched_getaffinity(0)))
+
+    def per_source(self, name: str, default: Any) -> list[Any]:
+        """The values of `weight` or `licence`, one per source. UserError if they are not as many."""
+        values = [value for group in getattr(self, name) for value in group] or [default]
+        if len(values) == 1:
+            values *= len(self.sources)
+        if len(values) != len(self.sources):
+            raise UserError(f"--{name}: {len(values)} values for {len(self.sources)} sources: give one for each")
+        return values
+
     def validate(self) -> None:
         """Raises UserError for values that do not fit, alone or together."""
+        for name in ("shard_examples", "limit", "workers", "dev_queries", "max_characters"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.check is not None:
             if self.sources or self.out:
                 raise UserError("--check verifies a folder and writes nothing: give it without --source and --out")
             return
         if not self.sources or self.out is None:
             raise UserError("give --source FILE and --out FOLDER (or --check FOLDER); see laser-dist prepare --help")
-        for name in ("shard_examples", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if repeated := [name for name in self.sources if self.sources.count(name) > 1]:
+            raise UserError(
+                f"--source {repeated[0]} is given twice: give it once, with a --weight of 2 if that is meant"
+            )
+        if not 0 <= self.dev_share < 1:
+            raise UserError(f"--dev-share {self.dev_share}: must be at least 0 and below 1")
+        if self.dev_share and self.dev_queries:
+            raise UserError("--dev-share and --dev-queries say the same in two ways: give one of them")
+        if self.max_skipped < 0:
+            raise UserError(f"--max-skipped {self.max_skipped}: must be at least 0")
+        if not all(0 < weight < float("inf") for weight in self.per_source("weight", 1.0)):
+            raise UserError("--weight: every weight must be above 0; leave a source out instead")
+        self.per_source("licence", "")
 
-
-@dataclass
-class Tally:
-    """Character and segment counts of what was kept, and what was left out and why."""
-
-    sums: Counter = field(default_factory=Counter)
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    def add(self, example: "Example") -> None:
-        from laser_dist.data.text import segment_last_characters
-
-        self.sums["examples"] += 1
-        self.sums["query"] += len(example.query)
-        self.sums["positives"] += len(example.positives)
-        self.sums["positive"] += sum(len(p.text) for p in example.positives)
-        if example.rationale:
-            self.sums["rationales"] += 1
-            self.sums["rationale"] += len(example.rationale)
-            self.sums["segments"] += len(segment_last_characters(example.rationale))
-
-    def drop(self, reason: str) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-
-    def mean(self, what: str, per: str) -> float:
-        return self.sums[what] / max(1, self.sums[per])
+    def settings(self) -> dict[str, Any]:
+        """What decides which bytes are written, sources aside."""
+        content = {name: value for name, value in asdict(self).items() if name not in _NOT_CONTENT}
+        return content | {"fields": [pair for group in self.fields for pair in group]}
 
 
 def main(arguments: list[str]) -> int:
@@ -97,129 +138,83 @@ def main(arguments: list[str]) -> int:
     config = tyro.cli(PrepareConfig, args=arguments, prog=prog, description=HELP, config=(tyro.conf.UseAppendAction,))
     config.validate()
     if config.check:
-        return _check(config.check)
+        from laser_dist.data.check import check_folder
+
+        return check_folder(config.check, config.processes)
     assert config.out is not None, "validate() requires it"
     return _prepare(config, config.out)
 
 
 def _prepare(config: PrepareConfig, out: Path) -> int:
-    from laser_dist.data.shards import write_shards
+    from laser_dist.data.assemble import find_dev_below, make_manifest, make_plan, make_selection
+    from laser_dist.data.build import Builder
+    from laser_dist.data.partial import PartialSet, check_target
 
-    tally = Tally()
-    with _progress("reading") as tick:
-        manifest = write_shards(
-            tick(_examples(config, tally)),
-            out,
-            source=", ".join(config.sources),
-            shard_examples=config.shard_examples,
-            overwrite=config.overwrite,
-            dropped=tally.dropped,
-        )
-    print(_summary(out, manifest, tally))
-    return 0
-
-
-def _examples(config: PrepareConfig, tally: Tally) -> Iterator["Example"]:
-    """The examples to write. After a defect nothing more is yielded, but up to 5 are collected into one UserError."""
-    from laser_dist.data.schema import parse_example
-
-    defects: list[str] = []
-    unreasoned: list[str] = []
-    seen: dict[str, str] = {}
-    for where, row in _rows(config.sources, defects):
-        try:
-            example = parse_example(row, where)
-            if not _is_new(example.query_id, where, seen, config.duplicates):
-                tally.drop("duplicate query_id")
-                continue
-        except UserError as error:
-            defects.append(str(error))
-            if len(defects) == _SHOWN:
-                break
-            continue
-        if not example.rationale and config.missing_rationale != "keep":
-            unreasoned.append(where)
-            tally.drop("no rationale")
-        elif not defects:
-            tally.add(example)
-            yield example
-            if tally.sums["examples"] == config.limit:
-                break
-    if unreasoned and config.missing_rationale == "error":
-        defects.append(
-            f"{len(unreasoned)} row(s) have no rationale, the first is {unreasoned[0]}: add them, leave such rows out "
-            "with --missing-rationale drop, or keep them for contrastive training with --missing-rationale keep"
-        )
-    if defects:
-        more = "\n(stopped here; there may be more)" if len(defects) >= _SHOWN else ""
-        raise UserError("\n".join(defects) + more)
-
-
-def _rows(sources: Iterable[str], defects: list[str]) -> Iterator[tuple[str, Any]]:
-    """All rows of all sources; a source that breaks off ends the reading and becomes a defect like any other."""
-    from laser_dist.data.sources import read_source
-
+    check_target(out.absolute(), config.overwrite)
+    plan = make_plan(config)
+    with waiting("hashing the sources"):
+        identities = [origin.identity() for origin in plan.origins]
+    header = {"version": __version__, "settings": config.settings(), "sources": [config.sources, identities]}
     try:
-        for source in sources:
-            yield from read_source(source)
-    except UserError as error:
-        defects.append(str(error))
-
-
-def _is_new(query_id: str, where: str, seen: dict[str, str], duplicates: str) -> bool:
-    first = seen.setdefault(query_id, where)
-    if first != where and duplicates == "error":
-        raise UserError(
-            f'{where}: "query_id" {query_id!r} was already used at {first}: give every row its own, '
-            "or leave repetitions out with --duplicates drop"
-        )
-    return first == where
-
-
-def _check(folder: Path) -> int:
-    from laser_dist.data.schema import decode_example
-    from laser_dist.data.shards import load_manifest, read_shard
-
-    manifest, defects = load_manifest(folder), []
-    with _progress("checking") as tick:
-        for shard in tick(manifest.shards):
-            try:
-                for number, text in enumerate(read_shard(folder, shard), 1):
-                    decode_example(text, f"{folder / shard.name}:{number}")
-            except UserError as error:
-                defects.append(str(error))
-    if defects:
-        raise UserError("\n".join(defects[:_SHOWN]) + f"\n{len(defects)} of {len(manifest.shards)} shards are damaged")
-    print(f"{folder}: {manifest.examples:,} examples in {len(manifest.shards)} shards, all as written")
+        partial = PartialSet(out, header, overwrite=config.overwrite)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+    _say_where_it_starts(partial)
+    builder, bar = None, Bar("preparing", plan.sizes)
+    try:
+        if "dev_below" not in partial.header:
+            partial.begin(dev_below=find_dev_below(config, plan))
+        builder = Builder(plan, partial, make_selection(config, partial.header["dev_below"]))
+        with bar:
+            builder.run(bar.update)
+        manifest = make_manifest(config, plan, builder, identities)
+        partial.publish(manifest)
+    except BaseException as error:
+        if not partial.shards or (builder and builder.rows_are_bad):
+            partial.discard()
+        else:
+            partial.close()
+            print(f"kept: {len(partial.shards)} finished shards; the same command continues", file=sys.stderr)
+        if isinstance(error, OSError):
+            raise UserError(_not_written(error, partial, bar.share)) from error
+        raise
+    print(_summary(out, manifest, builder.totals, builder.selection.repeated_queries))
     return 0
 
 
-def _summary(out: Path, manifest: "Manifest", tally: Tally) -> str:
+def _say_where_it_starts(partial: "PartialSet") -> None:
+    if partial.stale:
+        print("the sources or settings are not those of the interrupted run: starting over", file=sys.stderr)
+    elif partial.shards:
+        done = sum(shard.examples for shard in partial.shards)
+        print(
+            f"continuing an interrupted run behind {done:,} examples in {len(partial.shards)} shards", file=sys.stderr
+        )
+
+
+def _not_written(error: OSError, partial: "PartialSet", share: float) -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"cannot write shards to {partial.out}: {error}"
+    written = sum(shard.bytes for shard in partial.shards)
+    need = f"about {written * (1 / share - 1) / 1e6:,.0f} MB more" if share and written else "more room"
+    kept = f" (delete {partial.folder} and {partial.state} to give up what is written)" if written else ""
+    return (
+        f"no space left on the disk of {partial.out}: {written / 1e6:,.0f} MB are written and {need} needed. "
+        f"Free some and give the same command again{kept}"
+    )
+
+
+def _summary(out: Path, manifest: "Manifest", totals: "Totals", repeated_queries: int) -> str:
     lines = [f"{out}: {manifest.examples:,} examples in {len(manifest.shards)} shards, {manifest.bytes / 1e6:.1f} MB"]
+    if manifest.dev:
+        lines.append(f"{out / 'dev'}: {manifest.dev.queries:,} held-out queries, {manifest.dev.passages:,} passages")
     lines += [f"left out: {count:,} ({reason})" for reason, count in manifest.dropped.items()]
+    if contradictory := totals.counts["negatives contradictory"]:
+        lines.append(f"left out: {contradictory:,} negatives that are positives of the same row")
+    if repeated_queries:
+        lines.append(f"queries asked before: {repeated_queries:,} ({manifest.settings['duplicate_queries']})")
     if manifest.without_rationale:
         lines.append(f"without rationale: {manifest.without_rationale:,} (use only with a contrastive objective)")
-    query, rationale, positive, segments = (
-        tally.mean(what, per)
-        for what, per in (
-            ("query", "examples"),
-            ("rationale", "rationales"),
-            ("positive", "positives"),
-            ("segments", "rationales"),
-        )
-    )
-    lines.append(f"mean characters: query {query:.0f}, rationale {rationale:.0f}, positive {positive:.0f}")
-    lines.append(f"mean segments per rationale: {segments:.1f}")
-    return "\n".join(lines)
-
-
-@contextmanager
-def _progress(verb: str) -> Iterator[Any]:
-    """A function that counts what passes through it, shown on stderr if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
-    disabled = not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=disabled) as progress:
-        yield lambda items: progress.track(items, description=verb)
+    if not all(source.licence for source in manifest.sources):
+        lines.append("licence: unknown for some sources; note it with --licence")
+    return "\n".join([*lines, "", length_table(manifest.lengths)])

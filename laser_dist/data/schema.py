@@ -1,21 +1,28 @@
-"""One row of training data: what is accepted, and what a defect is called. Own field names and LaSER-Training's."""
+"""One row of training data: what is accepted, and what a defect is called.
+
+Three namings are read: this project's own, that of LaSER-Training (`reasoning_query`, `prompt`, `positive_passages`,
+`negative_passages`), and that of FlagEmbedding, in which BGE-Reasoner's and ReasonEmbed's data are published (`prompt`,
+`pos` and `neg`, which are lists of plain texts; ReasonEmbed adds `reasoning_query`).
+"""
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from laser_dist.batch import Example, Passage
 from laser_dist.errors import UserError, suggest
 
-# Every field under the names it may have; LaSER-Training's come second.
+# Every field under its names, in the order above. FlagEmbedding's come from its fine-tuning guide, ReasonEmbed's from
+# what its training code reads (ReasonEmbed/training/custom_dataset.py in VectorSpaceLab/agentic-search).
 NAMES = {
     "query_id": ("query_id",),
     "query": ("query",),
     "rationale": ("rationale", "reasoning_query"),
     "instruction": ("instruction", "prompt"),
-    "positives": ("positives", "positive_passages"),
-    "negatives": ("negatives", "negative_passages"),
+    "positives": ("positives", "positive_passages", "pos"),
+    "negatives": ("negatives", "negative_passages", "neg"),
     "id": ("id", "docid"),
     "text": ("text",),
     "title": ("title",),
@@ -24,10 +31,11 @@ _KNOWN = {name for names in NAMES.values() for name in names}
 _PASSAGE_FORM = 'write it as {"id": "...", "text": "..."}'
 
 
-def parse_example(row: object, where: str) -> Example:
+def parse_example(row: object, where: str, *, drop_contradictions: bool = False) -> Example:
     """A decoded JSON row as an Example. `where` is file:line; it opens the message of every UserError.
 
     A missing rationale becomes "" (whether that may be is decided when shards are written), a missing id is derived.
+    A negative that is also a positive is an error, or left out with `drop_contradictions`.
     """
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, got {_kind(row)}: write one {{...}} per line")
@@ -36,6 +44,8 @@ def parse_example(row: object, where: str) -> Example:
     if not positives:
         raise UserError(f'{where}: "positives" is empty: give at least one passage that answers the query')
     negatives = _passages(row, "negatives", where)
+    if drop_contradictions:
+        negatives = tuple(negative for negative in negatives if not _contradiction(positives, negative))
     _refuse_contradictions(positives, negatives, where)
     return Example(
         # The positives take part: a query asked twice with other answers is two examples, not a repetition.
@@ -64,6 +74,11 @@ def decode_example(raw: bytes, where: str) -> Example:
     return parse_example(decode_row(raw, where), where)
 
 
+def encode_example(example: Example) -> bytes:
+    """The JSON text of an example as shards hold it; the inverse of `decode_example`."""
+    return json.dumps(example_to_row(example), ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def decode_row(raw: bytes, where: str) -> Any:
     """The JSON value in `raw`; UserError names `where` and what is wrong with it."""
     try:
@@ -72,6 +87,8 @@ def decode_row(raw: bytes, where: str) -> Any:
         raise UserError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}): one object per line") from None
+    except ValueError:  # Python refuses to read integers of thousands of digits
+        raise UserError(f"{where}: holds a number of more than 4300 digits: remove it") from None
     except RecursionError:
         raise UserError(f"{where}: JSON is nested too deeply for an example") from None
 
@@ -79,6 +96,14 @@ def decode_row(raw: bytes, where: str) -> Any:
 def passage_key(passage_id: str) -> int:
     """A signed 64-bit key of an id, the same on every machine; never 0, which may serve as "no passage"."""
     return int.from_bytes(hashlib.blake2b(passage_id.encode(), digest_size=8).digest(), "big", signed=True) or 1
+
+
+def content_key(passage: Passage) -> int:
+    """The key of what a passage says: equal for copies under other ids, or in other case, width or spacing.
+
+    Not of its id: two sets may call different passages "1", and one may hold a passage under two ids.
+    """
+    return passage_key(" ".join(unicodedata.normalize("NFKC", f"{passage.title}\n{passage.text}").casefold().split()))
 
 
 def _passages(row: dict, field: str, where: str) -> tuple[Passage, ...]:
@@ -93,6 +118,8 @@ def _passages(row: dict, field: str, where: str) -> tuple[Passage, ...]:
 
 
 def _passage(item: object, where: str) -> Passage:
+    if isinstance(item, str):
+        item = {"text": item}
     if not isinstance(item, dict):
         raise UserError(f"{where}: a passage must be an object, got {_kind(item)}: {_PASSAGE_FORM}")
     text = _text(item, "text", where, required=True)
@@ -124,6 +151,9 @@ def _encodable(value: str, name: str, where: str) -> str:
         raise UserError(
             f'{where}: "{name}" holds half of a surrogate pair at character {error.start + 1}: remove or repair it'
         ) from None
+    # NULs come from broken conversions (UTF-16 read as bytes, binary files), and end the text in many a C library.
+    if "\0" in value:
+        raise UserError(f'{where}: "{name}" holds a NUL at character {value.index(chr(0)) + 1}: remove or repair it')
     return value
 
 
@@ -136,6 +166,9 @@ def _id(row: dict, field: str, where: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise UserError(f'{where}: "{name}" must be a string, got {_kind(value)}: put it in quotes')
+    # Ids become cells of tab-separated qrels, whose readers strip them.
+    if value != value.strip() or any(character in value for character in "\t\r\n"):
+        raise UserError(f'{where}: "{name}" {value!r} holds a tab or line break, or a blank at either end: remove it')
     return _encodable(value, name, where)
 
 
@@ -150,14 +183,19 @@ def _near(name: str, row: dict) -> str:
 
 
 def _refuse_contradictions(positives: Sequence[Passage], negatives: Sequence[Passage], where: str) -> None:
-    ids, texts = {p.id for p in positives}, {p.text for p in positives}
     for i, negative in enumerate(negatives):
-        same = "id" if negative.id in ids else "text" if negative.text in texts else None
-        if same:
+        if same := _contradiction(positives, negative):
             raise UserError(
                 f'{where}: negatives[{i}] (id "{negative.id}") is also a positive: same {same}. '
                 "Training would pull and push one passage: remove it from the negatives"
             )
+
+
+def _contradiction(positives: Sequence[Passage], negative: Passage) -> str | None:
+    """What a negative has in common with a positive: its id, its text, or nothing."""
+    if any(negative.id == positive.id for positive in positives):
+        return "id"
+    return "text" if any(negative.text == positive.text for positive in positives) else None
 
 
 def _derived(kind: str, *parts: str) -> str:

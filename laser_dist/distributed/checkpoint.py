@@ -39,7 +39,7 @@ SAFE_GLOBALS = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What the trainer needs to go on exactly: the data position follows from the step."""
+    """What the trainer needs to go on exactly."""
 
     step: int
     world_size: int
@@ -47,6 +47,8 @@ class TrainerState:
     fingerprint: str
     """Hash of the parts of the config that must not change on resume."""
     metric: float | None = None
+    position: int | None = None
+    """Training examples used so far, on all ranks; with it the data goes on whatever the batch size becomes."""
 
 
 class CheckpointStore:

@@ -30,6 +30,8 @@ SCALARS = {
     "data/rationales_cut": ("share", "mean", "rationales that truncation shortened"),
     "data/fewer_segments_than_steps": ("share", "mean", "rationales with M < K segments"),
     "data/queries_reusing_negatives": ("share", "mean", "queries with fewer hard negatives than asked for"),
+    "data/skipped_shards": ("shards", "sum", "distinct damaged shards met so far, see quarantine.jsonl"),
+    "data/skipped_examples": ("examples", "sum", "distinct examples left out so far, those of damaged shards included"),
     "speed/tokens_per_second": ("tokens/s", "sum", "packed tokens, all ranks"),
     "speed/queries_per_second": ("queries/s", "sum", "all ranks"),
     "time/data": ("s", "mean", "per step, waiting for data"),

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from laser_dist.data.schema import decode_example, example_to_row, parse_example, passage_key
+from laser_dist.data.schema import decode_example, encode_example, example_to_row, parse_example, passage_key
 from laser_dist.errors import UserError
 
 WHERE = "train.jsonl:7"
@@ -31,6 +31,29 @@ def test_both_namings_give_the_same_example_and_the_inverse_restores_it():
     for example in (own, published):
         assert parse_example(example_to_row(example), WHERE) == example
     assert example_to_row(own) == {key: value for key, value in OWN.items() if key != "domain"}
+
+
+def test_flagembeddings_naming_has_texts_for_passages():
+    # As ReasonEmbed's training code reads its data: prompt, query, reasoning_query, pos, neg.
+    row = {"query": "q", "prompt": "Find it", "reasoning_query": "r", "pos": ["yes", "also"], "neg": ["no"]}
+    example = parse_example(row, WHERE)
+    assert (example.query, example.instruction, example.rationale) == ("q", "Find it", "r")
+    assert [p.text for p in example.positives] == ["yes", "also"] and [p.text for p in example.negatives] == ["no"]
+    again = parse_example({**row, "query": "other", "neg": ["yes "]}, WHERE)
+    assert again.positives[0].id == example.positives[0].id != again.negatives[0].id  # ids come from the texts
+    with pytest.raises(UserError, match=r"train.jsonl:7: pos\[1\]: .* empty"):
+        parse_example({**row, "pos": ["yes", " "]}, WHERE)
+
+
+def test_contradictory_negatives_can_be_left_out():
+    negatives = [{"id": "p1", "text": "x"}, *OWN["negatives"], {"id": "n", "text": "Rayleigh scattering"}]
+    example = parse_example({**OWN, "negatives": negatives}, WHERE, drop_contradictions=True)
+    assert [negative.id for negative in example.negatives] == ["n1"]
+
+
+def test_ids_may_look_like_paths():
+    example = parse_example({**OWN, "query_id": "../../etc/passwd"}, WHERE)
+    assert decode_example(encode_example(example), WHERE).query_id == "../../etc/passwd"
 
 
 def test_derived_query_ids_are_stable_and_tell_other_answers_apart():
@@ -64,7 +87,11 @@ def test_repeated_passages_are_fine():
         ({"positives": None}, ['"positives" is missing']),
         ({"positives": []}, ['"positives" is empty']),
         ({"positives": {"id": "p"}}, ['"positives" must be a list', "an object"]),
-        ({"positives": ["text"]}, ["positives[0]", "must be an object", '{"id"']),
+        ({"positives": [5]}, ["positives[0]", "must be an object", "a number", '{"id"']),
+        ({"query": "a\0b"}, ['"query"', "NUL", "character 2"]),
+        ({"positives": [{"text": "t\0"}]}, ["positives[0]", '"text"', "NUL"]),
+        ({"query_id": "a\tb"}, ['"query_id"', "tab or line break"]),
+        ({"query_id": " a"}, ['"query_id"', "blank at either end"]),
         ({"negatives": [{"id": "n", "text": "x"}, {"id": "m"}]}, ["negatives[1]", '"text" is missing']),
         ({"negatives": [{"id": "n", "text": ""}]}, ["negatives[0]", '"text" is empty']),
         ({"negatives": [{"id": "n", "text": "x", "title": 1}]}, ["negatives[0]", '"title" must be a string']),
@@ -98,7 +125,7 @@ def test_a_row_must_be_an_object(row):
         parse_example(row, WHERE)
 
 
-@pytest.mark.parametrize("raw", [b"{", b"\xff{}", b"[" * 100_000])
+@pytest.mark.parametrize("raw", [b"{", b"\xff{}", b"[" * 100_000, b"9" * 5000, b'{"a": -' + b"9" * 5000])
 def test_broken_json_is_named(raw):
     with pytest.raises(UserError, match="train.jsonl:7"):
         decode_example(raw, WHERE)

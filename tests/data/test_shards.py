@@ -1,15 +1,20 @@
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import pickle
 import tarfile
+from array import array
 
 import pytest
+from webdataset.tariterators import tar_file_expander
 
 from laser_dist.batch import Example, Passage
+from laser_dist.data import shards
+from laser_dist.data.manifest import encode_manifest
 from laser_dist.data.schema import decode_example
-from laser_dist.data.shards import Manifest, Shard, load_manifest, read_shard, write_shards
+from laser_dist.data.shards import Manifest, Shard, load_manifest, read_members, read_shard, write_shards
 from laser_dist.errors import UserError
 
 
@@ -29,6 +34,29 @@ def test_what_is_written_is_read(tmp_path):
     texts = [text for shard in manifest.shards for text in read_shard(tmp_path / "out", shard)]
     assert [decode_example(text, "here") for text in texts] == [example(i) for i in range(25)]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_offsets_lead_to_every_example(tmp_path):
+    manifest = write(tmp_path / "out", 25, shard_examples=10)
+    found = []
+    for shard in manifest.shards:
+        content = (tmp_path / "out" / shard.name).read_bytes()
+        for start, end in itertools.pairwise(shard.offsets):
+            with tarfile.open(fileobj=io.BytesIO(content[start:end])) as tar:
+                [member] = tar.getmembers()
+                found.append(decode_example(tar.extractfile(member).read(), "here"))
+    assert found == [example(i) for i in range(25)]
+
+
+def test_version_1_is_read_as_before(tmp_path):
+    manifest = write(tmp_path / "out", 5)
+    table = json.loads(encode_manifest(manifest))
+    shards = [{k: s[k] for k in ("name", "examples", "bytes", "sha256")} for s in table["shards"]]
+    old = {"source": "a, b", "examples": 5, "without_rationale": 0, "shards": shards, "dropped": {}, "version": 1}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(old))
+    read = load_manifest(tmp_path / "out")
+    assert (read.version, read.source, read.examples, len(read.shards[0].offsets)) == (1, "a, b", 5, 0)
+    assert len(read_shard(tmp_path / "out", read.shards[0])) == 5
 
 
 def test_missing_rationales_are_counted(tmp_path):
@@ -178,7 +206,7 @@ def test_no_tar_and_no_file(tmp_path):
 
 
 def _edit(manifest: Manifest, **change) -> str:
-    return json.dumps(dataclasses.asdict(manifest) | change)
+    return json.dumps(json.loads(encode_manifest(manifest)) | change)
 
 
 def test_a_wrong_manifest_is_refused(tmp_path):
@@ -186,7 +214,7 @@ def test_a_wrong_manifest_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist.*laser-dist prepare"):
         load_manifest(out)
     manifest = write(out, 3)
-    [shard] = map(dataclasses.asdict, manifest.shards)
+    [shard] = json.loads(encode_manifest(manifest))["shards"]
     wrong = {
         "version 99": _edit(manifest, version=99),
         "do not add up": _edit(manifest, examples=4),
@@ -195,9 +223,30 @@ def test_a_wrong_manifest_is_refused(tmp_path):
         "is damaged": "[]",
         "unexpected": _edit(manifest, shards=[shard | {"extra": 1}]),
         "TypeError": _edit(manifest, examples="3", shards=[shard | {"examples": "3"}]),
+        "offsets of": _edit(manifest, shards=[shard | {"offsets": shard["offsets"][:-1]}]),
+        "do not fit": _edit(manifest, shards=[shard | {"offsets": [0, 9**9, 512, 1024]}]),
+        "OverflowError": _edit(manifest, shards=[shard | {"offsets": [9**99]}]),
+        "not listed": _edit(manifest, sources=[]),
+        "does not lie in": _edit(manifest, files={"../secret": ""}),
         "is missing": _edit(manifest, shards=[shard | {"name": "shard-000001.tar"}]),
     }
     for words, text in wrong.items():
         (out / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=words):
             load_manifest(out)
+
+
+def test_a_shard_is_read_where_the_manifest_says_and_scanned_where_that_does_not_fit(tmp_path, monkeypatch):
+    """The scan takes many times as long, but alone decides what is refused: places that fit must give what it gives."""
+    [shard] = write(tmp_path / "out", 25).shards
+    members = read_members(tmp_path / "out", shard)
+    assert members == read_members(tmp_path / "out", dataclasses.replace(shard, offsets=array("q")))
+    scans = []
+    monkeypatch.setattr(shards, "tar_file_expander", lambda data: scans.append(data) or tar_file_expander(data))
+    assert read_members(tmp_path / "out", shard) == members and not scans
+    shifted = array("q", [offset + 512 for offset in shard.offsets])
+    merged = array("q", [*shard.offsets[:3], *shard.offsets[4:]])
+    shorter = shard.offsets[:-1]
+    for offsets in (shifted, merged, shorter, array("q", [0, 10**9]), array("q", range(26))):
+        scans.clear()
+        assert read_members(tmp_path / "out", dataclasses.replace(shard, offsets=offsets)) == members and scans

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from laser_dist.batch import Example, Passage, TokenSequence, pack
@@ -154,3 +156,72 @@ def test_keys_name_all_positives_of_a_query(tokenizers: dict[str, Path]) -> None
     assert batch.labels_B.tolist() == [0, 2]  # type: ignore[union-attr]
     assert batch.positive_keys_BX.tolist() == [[key["a"], key["b"]], [key["c"], key["c"]]]  # type: ignore[union-attr]
     assert not batch.has_rationale
+
+
+def plain_rationale(text: TextFormat, rationale: str, budget: int) -> tuple[list[int], list[int]]:
+    """As `TextFormat.rationale`, one text at a time and token by token."""
+    encoded = text.tokenizer(rationale.strip(), add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"][:budget], encoded["offset_mapping"][:budget]
+    ends: list[int] = []
+    for last_character in segment_last_characters(rationale.strip()):
+        covering = [i for i, (start, _) in enumerate(offsets) if start <= last_character]
+        if covering and covering[-1] not in ends:
+            ends.append(covering[-1])
+    return ids, ends
+
+
+def plain_prompt(text: TextFormat, content: str, longest: int) -> list[int]:
+    room = longest - len(text.head) - len(text.tail)
+    return text.head + text.tokenizer(content, add_special_tokens=False)["input_ids"][:room] + text.tail
+
+
+# Words, blank lines of several kinds, full stops that merge with them, and characters of up to four bytes.
+_PIECES = st.sampled_from(
+    ["ice", " floats", ".", "\n", "\n\n", "\n \n", "\r\n\r\n", " ", "\t", "é", "水", "🧊", "\u200d", "<think>"]
+)
+_TEXTS = st.lists(_PIECES, max_size=40).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rationales=st.lists(_TEXTS, min_size=1, max_size=3), cut=st.integers(2, 60), kind=st.sampled_from(["bos", "chat"])
+)
+def test_tokenising_a_batch_at_once_gives_what_one_text_at_a_time_gives(
+    tokenizers: dict[str, Path], rationales: list[str], cut: int, kind: str
+) -> None:
+    frame = 60
+    text = text_format(
+        tokenizers[kind], max_query_tokens=frame, max_passage_tokens=frame, max_explicit_tokens=frame + cut
+    )
+    rationales = [f"Ice{rationale}" for rationale in rationales]
+    examples = [Example(str(i), r, r, (Passage(f"p{i}", r, "T"),)) for i, r in enumerate(rationales)]
+    batch = text.batch(examples, [e.positives for e in examples], with_rationale=True)
+    rows, all_ends = [], []
+    for example in examples:
+        prompt = plain_prompt(text, f"Instruct: {text.config.instruction}\nQuery: {example.query}", frame)
+        ids, ends = plain_rationale(text, example.rationale, frame + cut - len(prompt) - 1)
+        all_ends.append([sum(map(len, rows)) + len(prompt) + end for end in ends])
+        rows.append(prompt + ids + [text.eos])
+        for budget in (0, 1, cut):
+            assert text.rationale(example.rationale, budget) == plain_rationale(text, example.rationale, budget)
+    rows += [plain_prompt(text, f"T\n{rationale}".strip(), frame) for rationale in rationales]
+    assert batch.tokens_T.tolist() == sum(rows, [])
+    assert batch.segment_ends_BM is not None and batch.segments_B is not None
+    found = zip(batch.segment_ends_BM.tolist(), batch.segments_B.tolist(), strict=True)
+    assert [ends[:count] for ends, count in found] == all_ends
+
+
+def test_whole_rows_are_cut_to_what_training_sees(tokenizers: dict[str, Path]) -> None:
+    text = text_format(tokenizers["chat"], max_query_tokens=50, max_explicit_tokens=60)
+    example = Example("q", "why does ice float on water?", RATIONALE, (Passage("p", "x"),))
+    (whole,) = text.whole_queries([example], with_rationale=True)
+    cut = text.cut_query(whole)
+    assert cut == text.training_query(example, with_rationale=True)
+    assert len(whole.prompt) > len(cut.prompt) == 50 and len(whole.rationale or []) > len(cut.rationale or []) == 9
+    assert text.whole_queries([example], with_rationale=False) == [TokenSequence(whole.prompt)]
+
+
+def test_a_whole_row_without_rationale_has_no_segment(tokenizers: dict[str, Path]) -> None:
+    text = text_format(tokenizers["plain"])
+    (whole,) = text.whole_queries([Example("q", "why?", " ", (Passage("p", "x"),))], with_rationale=True)
+    assert whole.rationale == whole.segment_ends == []
