@@ -24,11 +24,9 @@ from laser_kernels.pairs import (
     Pairs,
     ScoreGradients,
     Temperatures,
-    levels,
     merge,
     precise,
     product,
-    rivals_logits,
     score_gradients_of,
     terms,
 )
@@ -150,15 +148,11 @@ class _Alignment(torch.autograd.Function):
     def backward(ctx: Any, *to_outputs: Tensor) -> tuple[Tensor | None, ...]:
         *columns, statistics_SP = ctx.saved_tensors
         pairs: Pairs = ctx.pairs
-        rivals_4P = rivals_logits(statistics_SP, pairs)
-        levels_4P, gradients = (
-            levels(rivals_4P, pairs),
-            score_gradients_of(torch.stack(to_outputs[:4]), rivals_4P, pairs),
-        )
+        gradients = score_gradients_of(torch.stack(to_outputs[:4]), statistics_SP, pairs)
         to_rows_RD = torch.zeros_like(pairs.rows_RD, dtype=precise(ctx.dtype))
 
         def sweep(held: Columns, to_passages_ND: Tensor | None) -> None:
-            _sweep_backward(ctx.kernels, pairs, held, levels_4P, gradients, to_rows_RD, to_passages_ND)
+            _sweep_backward(ctx.kernels, pairs, held, gradients, to_rows_RD, to_passages_ND)
 
         to_passages_ND = ctx.ring.sweep_with_gradient(Columns(*columns), sweep, wanted=ctx.needs_input_grad[4])
         to_rows_RD *= gradients.unit
@@ -199,7 +193,6 @@ def _sweep_backward(
     kernels: ModuleType,
     pairs: Pairs,
     columns: Columns,
-    levels_4P: Tensor,
     gradients: ScoreGradients,
     to_rows_RD: Tensor,
     to_passages_ND: Tensor | None,
@@ -213,7 +206,7 @@ def _sweep_backward(
     for first in range(0, n, width):
         last = min(first + width, n)
         to_scores_RC = workspace[:, : last - first]
-        kernels.score_gradients(pairs, columns, first, last, levels_4P, gradients, to_scores_RC)
+        kernels.score_gradients(pairs, columns, first, last, gradients, to_scores_RC)
         to_rows_RD += product(to_scores_RC, passages_ND[first:last])
         if to_passages_ND is not None:
             to_passages_ND[first:last] = product(to_scores_RC.T, rows_RD) * gradients.unit

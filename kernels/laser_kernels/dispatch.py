@@ -48,9 +48,17 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
         return f"the kernels take float32, bfloat16 and float16, not {dtype}"
     if device.type == "cuda":
         return ""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return ""
-    return f"{device.type} tensors need TRITON_INTERPRET=1"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return f"{device.type} tensors need TRITON_INTERPRET=1"
+    return "" if _is_interpreted() else "TRITON_INTERPRET=1 was set after triton had been imported"
+
+
+def _is_interpreted() -> bool:
+    """Triton decides when a function is defined; of its own library that is when it is first imported."""
+    from triton.language import sum as library_function
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(library_function, InterpretedFunction)
 
 
 @functools.cache

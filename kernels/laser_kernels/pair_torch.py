@@ -30,25 +30,25 @@ def statistics(pairs: Pairs, columns: Columns) -> Tensor:
 
 
 def score_gradients(
-    pairs: Pairs, columns: Columns, first: int, last: int, levels_4P: Tensor, gradients: ScoreGradients, out_RC: Tensor
+    pairs: Pairs, columns: Columns, first: int, last: int, gradients: ScoreGradients, out_RC: Tensor
 ) -> None:
     """Fill out_RC with d loss / d score of the columns first .. last - 1; see `ScoreGradients` for the formula."""
     student_PC, teacher_PC, rival_PC = _scores(pairs, columns, first, last)
     is_own_PC = _own(columns, first, last)[pairs.query_of_pair()]
-    to_contrast, to_divergence, to_teacher = (c[:, None] for c in gradients.coefficients_3P)
+    level_s, level_t, ce_level_s, ce_level_t = (level[:, None] for level in gradients.levels_4P)
+    c0, c1, c2, c3 = (c[:, None] for c in gradients.coefficients_4P)
     own_student, own_teacher = (g[:, None] for g in gradients.own_2P)
-    level_s, level_t, ce_level_s, ce_level_t = (level[:, None] for level in levels_4P)
     tau_P1, ce_tau_P1 = (tau[:, None] for tau in pairs.temperatures_2P)
 
-    gradient_PC = to_contrast * ((student_PC - ce_level_s) / ce_tau_P1).exp()
+    gradient_PC = c0 * ((student_PC - ce_level_s) / ce_tau_P1).exp()
     if teacher_PC is not None:
-        p_student_PC, p_teacher_PC = ((student_PC - level_s) / tau_P1).exp(), ((teacher_PC - level_t) / tau_P1).exp()
-        gradient_PC += to_divergence * (p_student_PC - p_teacher_PC)
+        gradient_PC += c1 * ((student_PC - level_s) / tau_P1).exp()
+        gradient_PC -= c2 * ((teacher_PC - level_t) / tau_P1).exp()
     out_RC[: pairs.pairs] = gradient_PC.masked_fill(~rival_PC, 0.0).where(~is_own_PC, own_student)
     if pairs.has_teacher:
         assert teacher_PC is not None
         b = slice(pairs.queries)
-        gradient_BC = to_teacher[b] * ((teacher_PC[b] - ce_level_t[b]) / ce_tau_P1[b]).exp()
+        gradient_BC = c3[b] * ((teacher_PC[b] - ce_level_t[b]) / ce_tau_P1[b]).exp()
         out_RC[pairs.pairs :] = gradient_BC.masked_fill(~rival_PC[b], 0.0).where(~is_own_PC[b], own_teacher[b])
 
 

@@ -69,24 +69,28 @@ def statistics(pairs: Pairs, columns: Columns) -> Tensor:
 
 
 def score_gradients(
-    pairs: Pairs, columns: Columns, first: int, last: int, levels_4P: Tensor, gradients: ScoreGradients, out_RC: Tensor
+    pairs: Pairs, columns: Columns, first: int, last: int, gradients: ScoreGradients, out_RC: Tensor
 ) -> None:
     """Fill out_RC with d loss / d score of the columns first .. last - 1; see `ScoreGradients` for the formula."""
     t = _tile_of(pairs)
     grid = (triton.cdiv(pairs.pairs, t.pairs), triton.cdiv(last - first, t.columns))
+    # The interpreter cuts bfloat16 off where a GPU rounds, so it leaves that to PyTorch.
+    written_RC = out_RC if out_RC.is_cuda else torch.empty_like(out_RC, dtype=torch.float32)
     with torch.cuda.device_of(out_RC):
         _score_gradients_kernel[grid](
             **_arguments(pairs, columns),
-            levels_ptr=levels_4P,
-            coefficients_ptr=gradients.coefficients_3P,
+            levels_ptr=gradients.levels_4P,
+            coefficients_ptr=gradients.coefficients_4P,
             own_gradients_ptr=gradients.own_2P,
-            out_ptr=out_RC,
-            stride_out=out_RC.stride(0),
+            out_ptr=written_RC,
+            stride_out=written_RC.stride(0),
             first=first,
             last=last,
             HAS_TEACHER=pairs.has_teacher,
             **_options(pairs, columns, t),
         )
+    if written_RC is not out_RC:
+        out_RC.copy_(written_RC)
 
 
 def _tile_of(pairs: Pairs) -> Tile:
@@ -333,8 +337,8 @@ def _statistics_kernel(
 def _score_gradients_kernel(
     rows_ptr, partners_ptr, passages_ptr, stride_passages, labels_ptr, query_keys_ptr, keys_ptr, keys_per_query,
     own_ptr, scales_ptr, margin,  # all as above
-    levels_ptr,  # (4, P) - see pairs.levels
-    coefficients_ptr,  # (3, P) - see pairs.ScoreGradients
+    levels_ptr,  # (4, P) - this and the next two: see pairs.ScoreGradients
+    coefficients_ptr,  # (4, P)
     own_gradients_ptr,  # (2, P)
     out_ptr,  # (R, last - first), rows stride_out apart
     stride_out,
@@ -344,7 +348,7 @@ def _score_gradients_kernel(
     EVEN_DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of a rival, c0 p_S + c1 (p_S - p_T) for the student and c2 p_T for the teacher's output; see ScoreGradients."""
+    """Of a rival, c0 q_S + c1 p_S - c2 p_T for the student, and c3 q_T for the teacher's output."""
     own_pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     pair = tl.minimum(own_pair, P - 1)
     query = tl.where(pair < B, pair, (pair - B) // K)
@@ -358,27 +362,28 @@ def _score_gradients_kernel(
         own_ptr, margin, own_pair, own_column, B, K, P, D, last,
         HAS_PARTNERS, HAS_KEYS, HAS_MARGIN, EVEN_DEPTH, PRECISION, WIDEN, BLOCK_P, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    to_contrast = tl.load(coefficients_ptr + pair)[:, None]
-    to_divergence = tl.load(coefficients_ptr + P + pair)[:, None]
-    to_teacher = tl.load(coefficients_ptr + 2 * P + pair)[:, None]
+    c0 = tl.load(coefficients_ptr + pair)[:, None]
+    c1 = tl.load(coefficients_ptr + P + pair)[:, None]
+    c2 = tl.load(coefficients_ptr + 2 * P + pair)[:, None]
+    c3 = tl.load(coefficients_ptr + 3 * P + pair)[:, None]
     is_own = own_column[None, :] == label[:, None]
     inside = (own_column < last)[None, :]
     out = out_ptr + own_pair.to(tl.int64)[:, None] * stride_out + offset[None, :]
 
     p_s = tl.exp2((student - tl.load(levels_ptr + pair)[:, None]) * scale)
-    ce_p_s = p_s
+    q_s = p_s
     if TWO_TEMPERATURES:
-        ce_p_s = tl.exp2((student - tl.load(levels_ptr + 2 * P + pair)[:, None]) * ce_scale)
-    to_student = to_contrast * ce_p_s
+        q_s = tl.exp2((student - tl.load(levels_ptr + 2 * P + pair)[:, None]) * ce_scale)
+    to_student = c0 * q_s
     if HAS_PARTNERS:
         p_t = tl.exp2((teacher - tl.load(levels_ptr + P + pair)[:, None]) * scale)
-        to_student += to_divergence * (p_s - p_t)
+        to_student += c1 * p_s - c2 * p_t
     to_student = tl.where(is_own, tl.load(own_gradients_ptr + pair)[:, None], to_student)
     tl.store(out, to_student.to(out_ptr.dtype.element_ty), mask=inside & (own_pair < P)[:, None])
     if HAS_TEACHER:
-        ce_p_t = p_t
+        q_t = p_t
         if TWO_TEMPERATURES:
-            ce_p_t = tl.exp2((teacher - tl.load(levels_ptr + 3 * P + pair)[:, None]) * ce_scale)
-        to_teacher = tl.where(is_own, tl.load(own_gradients_ptr + P + pair)[:, None], to_teacher * ce_p_t)
+            q_t = tl.exp2((teacher - tl.load(levels_ptr + 3 * P + pair)[:, None]) * ce_scale)
+        to_teacher = tl.where(is_own, tl.load(own_gradients_ptr + P + pair)[:, None], c3 * q_t)
         behind = out + P.to(tl.int64) * stride_out
         tl.store(behind, to_teacher.to(out_ptr.dtype.element_ty), mask=inside & (own_pair < B)[:, None])

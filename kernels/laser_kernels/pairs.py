@@ -123,34 +123,44 @@ class Columns:
 class ScoreGradients:
     """d loss / d score, as `score_gradients` writes it, in units that suit the workspace's dtype.
 
-    Of a rival, by a student: c0 p_S + c1 (p_S - p_T), by a teacher's output: c2 p_T; of the own positive: `own_2P`; of
-    a dropped column: 0. p under the contrast's temperature beside c0 and c2, under the divergence's beside c1.
+    Of a rival, by a student: c0 q_S + c1 p_S - c2 p_T; by a teacher's output: c3 q_T; of the own positive: `own_2P`; of
+    a dropped column: 0. p = e^((score - level) / tau) under the divergence's temperature, q under the contrast's.
     """
 
-    coefficients_3P: Tensor
+    levels_4P: Tensor  # of p_S, p_T, q_S, q_T
+    coefficients_4P: Tensor
     own_2P: Tensor  # of student and teacher
     unit: Tensor  # scalar
 
 
-def score_gradients_of(to_terms_4: Tensor, rivals_4P: Tensor, pairs: Pairs) -> ScoreGradients:
-    """The coefficients for the four terms' gradients g: c0 = g0 / (B tau), c2 = g1 / (B tau), c1 = g2 / (B tau_kd) for
-    outputs and g3 / (B K tau_mid) for steps.
+def score_gradients_of(to_terms_4: Tensor, statistics_SP: Tensor, pairs: Pairs) -> ScoreGradients:
+    """What the backward sweep needs, from the gradients g of the four terms.
 
-    The positive's is c0 (p - 1) + c1 (p_S - p_T), written with the rivals' share sigmoid(z) = 1 - p, which is exact
+    c0 = g0 / (B tau), c3 = g1 / (B tau); c1 and c2 are g2 / (B tau_kd) for outputs and g3 / (B K tau_mid) for steps,
+    all times what rounding the level to float32 cost: probabilities have to sum to 1, because where passages share a
+    direction the gradient is what remains when that cancels.
+
+    The positive's is c0 (q_S - 1) + c1 p_S - c2 p_T, written with the rivals' share sigmoid(z) = 1 - p, which is exact
     where p is nearly 1. In units of the largest times 2^-12, so that float16 holds the probabilities of 10^6 passages.
     """
-    t, b = pairs.temperatures, pairs.queries
+    t, b, dtype = pairs.temperatures, pairs.queries, pairs.own_2P.dtype
     scale_4 = to_terms_4.new_tensor([t.contrast, t.contrast, t.distill, t.trajectory * max(pairs.steps, 1)]) * b
-    infonce_s, infonce_t, output, trajectory = (to_terms_4 / scale_4).unbind()
+    infonce_s, infonce_t, output, trajectory = (to_terms_4 / scale_4).double().unbind()
     output = output if pairs.has_teacher else torch.zeros_like(output)
-    c_3P = torch.stack(
-        [pairs.per_pair(infonce_s, 0.0), pairs.per_pair(output, trajectory), pairs.per_pair(infonce_t, 0.0)]
+    c0_P, c1_P, c3_P = (
+        pairs.per_pair(*values).double() for values in ((infonce_s, 0.0), (output, trajectory), (infonce_t, 0.0))
     )
-    unit = c_3P.abs().amax() / 4096
-    c_3P = c_3P / torch.where(unit > 0, unit, 1.0)
-    share_s, share_t, ce_share_s, ce_share_t = rivals_4P.sigmoid()
-    own_2P = torch.stack([c_3P[1] * (share_t - share_s) - c_3P[0] * ce_share_s, -c_3P[2] * ce_share_t])
-    return ScoreGradients(c_3P, own_2P.to(c_3P.dtype), unit)
+    z_4P = rivals_logits(statistics_SP, pairs)
+    share_s, share_t, ce_share_s, ce_share_t = z_4P.sigmoid()
+    own_2P = torch.stack([c1_P * (share_t - share_s) - c0_P * ce_share_s, -c3_P * ce_share_t])
+    temperatures_4P = pairs.temperatures_2P.double().repeat_interleave(2, 0)
+    exact_4P = pairs.own_2P.double().repeat(2, 1) + temperatures_4P * _log1p_exp(z_4P)
+    levels_4P = exact_4P.to(dtype)
+    lost_s, lost_t, ce_lost_s, ce_lost_t = ((levels_4P.double() - exact_4P) / temperatures_4P).exp()
+    coefficients_4P = torch.stack([c0_P * ce_lost_s, c1_P * lost_s, c1_P * lost_t, c3_P * ce_lost_t])
+    unit = coefficients_4P.abs().amax() / 4096
+    unit = torch.where(unit > 0, unit, 1.0)
+    return ScoreGradients(levels_4P, (coefficients_4P / unit).to(dtype), (own_2P / unit).to(dtype), unit.to(dtype))
 
 
 def merge(parts_XSP: Tensor, pairs: Pairs) -> Tensor:
@@ -177,13 +187,6 @@ def rivals_logits(statistics_SP: Tensor, pairs: Pairs) -> Tensor:
     temperatures_4P = pairs.temperatures_2P.double().repeat_interleave(2, 0)
     above_own_2P = values[[SHIFT_S, SHIFT_T]] - pairs.own_2P.double()
     return values[[SUM_S, SUM_T, CE_SUM_S, CE_SUM_T]].log() + above_own_2P.repeat(2, 1) / temperatures_4P
-
-
-def levels(rivals_4P: Tensor, pairs: Pairs) -> Tensor:
-    """(4, P) - the score that would have probability 1, ordered as `rivals_logits`."""
-    temperatures_4P = pairs.temperatures_2P.double().repeat_interleave(2, 0)
-    levels_4P = pairs.own_2P.double().repeat(2, 1) + temperatures_4P * _log1p_exp(rivals_4P)
-    return levels_4P.to(pairs.own_2P.dtype)
 
 
 def terms(statistics_SP: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
