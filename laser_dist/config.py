@@ -189,6 +189,14 @@ class ObjectiveConfig:
     """Tau of the trajectory distillation; unset: 0.05 (official) or 0.02 (paper)."""
     mask_false_negatives: bool = True
     """Drop columns that are another copy of one of the row's own positives, whatever its id: same title and text."""
+    false_negative_margin: float | None = None
+    """Drop columns that the latent view scores above its positive by more than this cosine; unset: none."""
+    kernel: Literal["auto", "triton", "chunked", "reference"] = "auto"
+    """Implementation of the loss; auto: Triton on a GPU, chunked PyTorch elsewhere. LASER_KERNELS overrides it."""
+    score_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What vectors are rounded to before they are compared; auto: the model's dtype on a GPU, else float32."""
+    passages: Literal["gather", "ring"] = "gather"
+    """All ranks' passages on every rank, or passing by in a ring where they do not fit (N x D x 6 bytes)."""
 
     def __post_init__(self) -> None:
         for name in ("explicit_weight", "output_weight", "trajectory_weight"):
@@ -197,6 +205,15 @@ class ObjectiveConfig:
         for name in ("temperature", "distill_temperature", "trajectory_temperature"):
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, f"objective.{name}", value, "must be finite and above 0")
+        margin = self.false_negative_margin
+        _require(
+            margin is None or 0 <= margin <= 2,
+            "objective.false_negative_margin",
+            margin,
+            "must be a cosine from 0 to 2",
+        )
+        if self.passages == "ring" and self.kernel == "reference":
+            raise UserError('objective.passages = "ring" needs objective.kernel auto, triton or chunked')
         _require(self.ramp_steps >= 0, "objective.ramp_steps", self.ramp_steps, "must be 0 or more")
 
     @property

@@ -230,6 +230,7 @@ class Trainer:
         kind = f"LoRA rank {model.lora_rank}" if model.lora_rank else "all weights"
         self.progress.say(
             f"{model.name}{kept} · {kind} · {model.dtype} · ZeRO-{self.engine.stage} · {world_size()} ranks · "
+            f"{self.objective.kernel_on(self.engine.device)} loss · "
             f"{self.queries_per_step} queries a step · {self.total_steps} steps"
             + (f" · resuming after step {start}" if start else "")
         )

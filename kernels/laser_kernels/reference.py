@@ -3,11 +3,14 @@
 Rows are this rank's B queries, columns are the N passages of all ranks. Axes: B, N, K latent steps, D hidden size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Cosines that differ by less are equal: a copy of the positive is not above it because its sum was rounded otherwise.
+TIE = 1e-5
 
 
 class AlignmentTerms(NamedTuple):
@@ -19,7 +22,21 @@ class AlignmentTerms(NamedTuple):
     kl_trajectory: Tensor
 
 
-def alignment_loss_reference(
+class Alignment(NamedTuple):
+    """The terms, and what falls off on the way, per row and without gradient."""
+
+    terms: AlignmentTerms
+    rivals_above_B: Tensor  # (B,) - kept negatives that the latent view scores above the row's own positive
+    explicit_rivals_above_B: Tensor | None  # (B,) - the same of the explicit view
+    dropped_B: Tensor  # (B,) - columns dropped as false negatives
+
+
+def alignment_loss_reference(*rows: Any, **options: Any) -> AlignmentTerms:
+    """The four terms alone; see `alignment_reference` for arguments and options."""
+    return alignment_reference(*rows, **options).terms
+
+
+def alignment_reference(
     student_BD: Tensor,  # (B, D) - vectors of the latent view
     teacher_BD: Tensor | None,  # (B, D) - vectors of the explicit view; None leaves its two terms out
     student_steps_BKD: Tensor | None,  # (B, K, D) - latent states; None leaves the trajectory term out
@@ -33,7 +50,7 @@ def alignment_loss_reference(
     query_ids: Tensor | None = None,  # (B,) or (B, X) int64 - ids of the passages that are positives of the row
     passage_ids: Tensor | None = None,  # (N,) int64
     margin: float | None = None,
-) -> AlignmentTerms:
+) -> Alignment:
     """InfoNCE of both views, KL(explicit || latent) of their rankings, and the same per latent step (spec: objective).
 
     All rows have unit length. Statistics are float32 whatever the inputs' dtype (float64 for float64 inputs).
@@ -50,16 +67,23 @@ def alignment_loss_reference(
     zero = student_scores_BN.new_zeros(())
     infonce_latent = _infonce(student_scores_BN / temperature, labels_B, keep_BN)
     infonce_explicit = kl_output = kl_trajectory = zero
+    explicit_above_B = None
     if teacher_BD is not None:
         teacher_scores_BN = teacher_BD.to(precise) @ passages_ND.T
         infonce_explicit = _infonce(teacher_scores_BN / temperature, labels_B, keep_BN)
         kl_output = _kl(teacher_scores_BN / distill_temperature, student_scores_BN / distill_temperature, keep_BN)
+        explicit_above_B = _rivals_above(teacher_scores_BN, labels_B, keep_BN)
     if student_steps_BKD is not None and teacher_steps_BKD is not None:
         student_BKN = student_steps_BKD.to(precise) @ passages_ND.T
         teacher_BKN = teacher_steps_BKD.detach().to(precise) @ passages_ND.detach().T
         keep_BKN = None if keep_BN is None else keep_BN[:, None]
         kl_trajectory = _kl(teacher_BKN / trajectory_temperature, student_BKN / trajectory_temperature, keep_BKN)
-    return AlignmentTerms(infonce_latent, infonce_explicit, kl_output, kl_trajectory)
+    return Alignment(
+        AlignmentTerms(infonce_latent, infonce_explicit, kl_output, kl_trajectory),
+        _rivals_above(student_scores_BN, labels_B, keep_BN),
+        explicit_above_B,
+        zero.detach().expand(len(labels_B)) if keep_BN is None else (~keep_BN).sum(1).to(precise),
+    )
 
 
 def kept_columns(
@@ -92,3 +116,10 @@ def _kl(teacher_logits: Tensor, student_logits: Tensor, keep: Tensor | None) -> 
     if keep is not None:  # a dropped column has weight 0, but -inf - -inf is not a number
         difference = difference.masked_fill(~keep, 0.0)
     return (teacher.exp() * difference).sum(-1).mean()
+
+
+@torch.no_grad()
+def _rivals_above(scores_BN: Tensor, labels_B: Tensor, keep_BN: Tensor | None) -> Tensor:
+    """(B,) - how many kept negatives score above the row's own positive."""
+    above_BN = scores_BN > scores_BN.gather(1, labels_B[:, None]) + TIE
+    return (above_BN if keep_BN is None else above_BN & keep_BN).sum(1).to(scores_BN.dtype)

@@ -36,21 +36,25 @@ def gather_rows(rows: Tensor) -> Tensor:
     return gathered
 
 
-def gather_rows_with_gradient(rows: Tensor) -> Tensor:
-    """`gather_rows` whose backward sums each row's gradient over all ranks (SUM reduce-scatter)."""
-    return _GatherRows.apply(rows) if world_size() > 1 else rows
+def gather_rows_with_gradient(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gather_rows` in `dtype`, whose backward sums each row's gradient over all ranks (SUM reduce-scatter).
+
+    The sum is taken in the dtype of `rows`: bfloat16 would round once per rank.
+    """
+    return _GatherRows.apply(rows, dtype) if world_size() > 1 else rows.to(dtype)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        return gather_rows(rows)
+    def forward(ctx: Any, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = rows.dtype
+        return gather_rows(rows.to(dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:])
-        _reduce_scatter(own, gradient.contiguous(), op=dist.ReduceOp.SUM)
-        return own
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:], dtype=ctx.dtype)
+        _reduce_scatter(own, gradient.to(ctx.dtype).contiguous(), op=dist.ReduceOp.SUM)
+        return own, None
 
 
 def gather_table(values: dict[str, float]) -> list[dict[str, float]]:

@@ -87,7 +87,8 @@ def assert_same_step(actual: nn.Module, expected: nn.Module, batch: PackedBatch,
     expected_values, expected_gradients = loss_and_gradients(expected, batch)
     for name, value in expected_values.items():
         assert value > 0
-        assert_close_relative(values[name], value, tolerance, name)
+        # The published loss subtracts logits of up to 1 / 0.02, each off by half a unit in its last place.
+        assert_close_relative(values[name], value, tolerance, name, noise=50 * torch.finfo(torch.float64).eps)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         if gradient is None:  # without a soft token nobody reads the LM head

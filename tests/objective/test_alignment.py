@@ -63,7 +63,8 @@ def test_total_is_the_weighted_sum_of_the_kernels_terms():
         query_ids=batch.positive_keys_BX, passage_ids=batch.passage_keys_P,
     )  # fmt: skip
     assert tuple(loss.terms) == TERMS
-    assert all(torch.equal(loss.terms[name], value) for name, value in zip(TERMS, expected, strict=True))
+    for name, value in zip(TERMS, expected, strict=True):
+        assert_close_relative(loss.terms[name], value, 1e-12, name)
     assert loss.total.item() == pytest.approx(
         sum(w * x.item() for w, x in zip((1.0, 0.7, 2.0, 0.5), expected, strict=True)), rel=1e-14
     )
@@ -117,7 +118,7 @@ def test_batch_without_rationale_has_the_contrastive_term_only():
     views = make_views()._replace(teacher_BD=None, segments_BKD=None)
     loss = AlignmentObjective(CONFIG, 0.4)(views, whole_batch(), 0)
     assert torch.equal(loss.total, loss.terms["infonce_latent"]) and all(loss.terms[name] == 0 for name in TERMS[1:])
-    assert not {"explicit_top1_accuracy", "top1_agreement"} & set(loss.diagnostics)
+    assert "explicit_top1_accuracy" not in loss.diagnostics
 
 
 def test_masking_can_be_turned_off():
@@ -126,7 +127,8 @@ def test_masking_can_be_turned_off():
     plain = AlignmentObjective(UNMASKED, 0.4)(views, batch, 0)
     assert plain.terms["infonce_latent"] > masked.terms["infonce_latent"]  # fewer columns, smaller normaliser
     assert "false_negatives_masked" not in plain.diagnostics
-    assert torch.equal(plain.total, all_rows_loss(AlignmentObjective(UNMASKED, 0.4), views, batch, 0).total)
+    published = all_rows_loss(AlignmentObjective(UNMASKED, 0.4), views, batch, 0)
+    assert_close_relative(plain.total, published.total, 1e-12, "total")
 
 
 @pytest.mark.parametrize("convention, temperature", [("official", 0.05), ("paper", 0.02)])
@@ -158,7 +160,6 @@ def test_diagnostics_of_an_example_made_by_hand():
         "positive_mean_rank": (1 + 3) / 2,
         "latent_top1_accuracy": 1 / 2,
         "explicit_top1_accuracy": 1.0,
-        "top1_agreement": 1 / 2,
         "soft_token_entropy": 1.5,
         "false_negatives_masked": 1 / 8,  # the second copy of passage 1, for query 0
     }
