@@ -7,10 +7,16 @@ from laser_dist.errors import UserError, suggest
 
 COMMANDS = {
     "quickstart": ("laser_dist.quickstart", "Train, evaluate and export on the embedded sample set"),
-    "prepare": ("laser_dist.data.prepare", "Turn JSONL, Parquet or a dataset into checked WebDataset shards"),
-    "annotate": ("laser_dist.data.annotate", "Write missing rationales with an OpenAI-compatible endpoint"),
-    "mine": ("laser_dist.data.mine", "Find hard negatives with BM25 or an encoder"),
-    "inspect": ("laser_dist.data.inspect", "Show examples as the trainer sees them; lengths, truncation, oddities"),
+    "prepare": (
+        "laser_dist.data.preparation.prepare",
+        "Turn rows of any kind into checked WebDataset shards",
+    ),
+    "annotate": ("laser_dist.data.annotation.annotate", "Write missing rationales with an OpenAI-compatible endpoint"),
+    "mine": ("laser_dist.data.mining.mine", "Find hard negatives with BM25 or an encoder"),
+    "inspect": (
+        "laser_dist.data.inspection.inspect",
+        "Show examples as the trainer sees them, and what is odd",
+    ),
     "train": ("laser_dist.train", "Train a retriever from a TOML recipe"),
     "evaluate": ("laser_dist.retrieval.evaluate", "Measure nDCG, recall and MRR on a corpus, queries and qrels"),
     "encode": ("laser_dist.retrieval.encode", "Encode a corpus into a memory-mapped folder of vectors"),

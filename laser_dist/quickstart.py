@@ -129,7 +129,7 @@ def _config(arguments: Arguments) -> RunConfig:
 
 
 def _prepare(shards: Path) -> str:
-    from laser_dist.data import prepare
+    from laser_dist.data.preparation import prepare
     from laser_dist.data.shards import load_manifest
 
     if not (shards / "manifest.json").is_file():

@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 import torch
 
 from laser_dist.config import RunConfig, to_toml
-from laser_dist.data.loader import TrainingBatch, training_batches
-from laser_dist.data.quarantine import Quarantine
-from laser_dist.data.sets import TrainingData, open_data
+from laser_dist.data.streaming.loader import TrainingBatch, training_batches
+from laser_dist.data.streaming.quarantine import Quarantine
+from laser_dist.data.streaming.sets import TrainingData, open_data
 from laser_dist.data.text import TextFormat
 from laser_dist.distributed.checkpoint import CheckpointStore, TrainerState
 from laser_dist.distributed.collectives import gather_objects, gather_table, rank, world_size

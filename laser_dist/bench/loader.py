@@ -161,10 +161,10 @@ def loaders(settings: Settings, folder: Path, text: "TextFormat") -> dict[str, L
     """Name -> what makes a pass, for each of LOADERS."""
     from laser_dist.batch import PackedBatch
     from laser_dist.config import DataConfig, RunConfig, TrainConfig
-    from laser_dist.data.loader import training_batches
-    from laser_dist.data.plain_loaders import datasets_batches, webdataset_batches
-    from laser_dist.data.sets import open_folder
-    from laser_dist.data.stream import draw_passages
+    from laser_dist.data.streaming.loader import training_batches
+    from laser_dist.data.streaming.plain_loaders import datasets_batches, webdataset_batches
+    from laser_dist.data.streaming.sets import open_folder
+    from laser_dist.data.streaming.stream import draw_passages
 
     data = open_folder(folder)
     shards = [folder / shard.name for part in data.sets for shard in part.shards]

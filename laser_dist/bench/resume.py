@@ -138,8 +138,8 @@ def measure(data: str, place: float, workers: int, queries: int) -> dict[str, An
     """Open the set, continue at `place` percent of its first epoch, and time the first micro-batch."""
     from torch.utils.data import DataLoader
 
-    from laser_dist.data.sets import open_folder
-    from laser_dist.data.stream import ExampleStream, plain_errors
+    from laser_dist.data.streaming.sets import open_folder
+    from laser_dist.data.streaming.stream import ExampleStream, plain_errors
 
     _drop_pages(Path(data))
     started = time.perf_counter()

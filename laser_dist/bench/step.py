@@ -205,7 +205,7 @@ def load_batch(settings: Settings) -> Any:
     from laser_dist.config import ModelConfig, TextConfig
     from laser_dist.data import sample_folder
     from laser_dist.data.schema import decode_example
-    from laser_dist.data.stream import ExampleStream, draw_passages
+    from laser_dist.data.streaming.stream import ExampleStream, draw_passages
     from laser_dist.data.text import TextFormat
     from laser_dist.model.backbone import load_tokenizer
 

@@ -15,9 +15,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from laser_dist.batch import Example
 from laser_dist.data.manifest import AGAIN, MANIFEST, Manifest, Shard, Source, parse_manifest
-from laser_dist.data.partial import PartialSet
+from laser_dist.data.preparation.partial import PartialSet
 from laser_dist.data.schema import encode_example
-from laser_dist.data.store import Store, open_store
+from laser_dist.data.streaming.store import Store, open_store
 from laser_dist.errors import UserError
 
 _OCTAL = re.compile(rb"[0-7]{11}")

@@ -2,7 +2,7 @@
 
 import torch
 
-from laser_dist.data.loader import TrainingBatch
+from laser_dist.data.streaming.loader import TrainingBatch
 from laser_dist.distributed.collectives import gather_table
 from laser_dist.objective.alignment import LossTerms
 from laser_dist.observability.clock import StepClock, peak_memory_gib

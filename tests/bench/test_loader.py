@@ -15,8 +15,8 @@ from laser_dist.bench.pages import cached_share, evict, warm
 from laser_dist.bench.synthetic import MeanTokens, paper_examples
 from laser_dist.cli import main
 from laser_dist.config import ModelConfig
-from laser_dist.data import plain_loaders
 from laser_dist.data.shards import write_shards
+from laser_dist.data.streaming import plain_loaders
 from laser_dist.model.backbone import load_tokenizer
 from laser_dist.testing import tiny_model_folder
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from laser_dist.bench.prepare import main, write_rows
-from laser_dist.data.prepare import main as prepare
+from laser_dist.data.preparation.prepare import main as prepare
 from laser_dist.errors import UserError
 
 

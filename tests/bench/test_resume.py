@@ -4,7 +4,7 @@ import pytest
 
 from laser_dist.bench import resume
 from laser_dist.cli import main
-from laser_dist.data.order import Order
+from laser_dist.data.streaming.order import Order
 from laser_dist.errors import UserError
 
 
