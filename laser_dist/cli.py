@@ -1,6 +1,7 @@
 """`laser-dist COMMAND ...`: dispatch only. Commands import what they need themselves, so that help is instant."""
 
 import importlib
+import os
 import sys
 
 from laser_dist.errors import UserError, suggest
@@ -62,9 +63,21 @@ def run(module: str, arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return _end_of_pipe()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _end_of_pipe() -> int:
+    """Nothing to tell when the reader of our output, `head` say, has seen enough; any other broken pipe is an error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit goes there
+        return 141
+    raise
 
 
 if __name__ == "__main__":

@@ -222,6 +222,7 @@ class Trainer:
         order = ("homogeneous", "negatives", "shuffle", "shuffle_shards")
         table["data"] = {name: table["data"][name] for name in order} | {"sets": self.data.fingerprint()}
         del table["train"]["queries_per_rank"], table["model"]["activation_checkpointing"]
+        del table["objective"]["kernel"], table["objective"]["passages"]
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
     def _announce(self, start: int) -> None:

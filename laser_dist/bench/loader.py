@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laser_dist.bench.pages import evict, warm
-from laser_dist.bench.step import CACHED_BACKBONE
 from laser_dist.errors import UserError
+from laser_dist.model.embedded import CACHED_BACKBONE
 
 if TYPE_CHECKING:
     from laser_dist.batch import PackedBatch

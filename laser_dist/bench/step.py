@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from laser_dist.errors import UserError
+from laser_dist.model.embedded import CACHED_BACKBONE
 
-CACHED_BACKBONE = Path(".cache/laser_dist/smollm2-135m")
 VARIANTS = {  # name -> (published, activation checkpointing); the first is what the others are compared with
     "ours": (False, False),
     "published": (True, False),

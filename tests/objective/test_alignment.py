@@ -181,9 +181,11 @@ def share_of_rank(views: Views, batch: PackedBatch, rank: int, world_size: int) 
 
 
 def outcome_of_rank(rank: int, world_size: int) -> list[dict[str, dict[str, Tensor]]]:
-    """Terms, diagnostics and gradients of this rank's share: as trained, and as published."""
+    """Terms, diagnostics and gradients of this rank's share: as trained, as published, and with passages in a ring."""
     outcomes = []
-    for loss_of, config in ((AlignmentObjective.__call__, CONFIG), (all_rows_loss, UNMASKED)):
+    ring = replace(CONFIG, passages="ring")
+    ours = AlignmentObjective.__call__
+    for loss_of, config in ((ours, CONFIG), (all_rows_loss, UNMASKED), (ours, ring)):
         views, batch = share_of_rank(make_views(), whole_batch(), rank, world_size)
         objective = AlignmentObjective(config, 0.4)
         per_term = {}
@@ -200,13 +202,14 @@ def outcome_of_rank(rank: int, world_size: int) -> list[dict[str, dict[str, Tens
 def test_ranks_together_equal_one_process(world_size):
     """Mean over ranks of the values, and of the gradient: of each term apart, since errors in two can cancel."""
     ranks = run_distributed(outcome_of_rank, world_size, init=True)
-    ours, published = zip(*ranks, strict=True)
+    gathered, published, ring = zip(*ranks, strict=True)
     whole = outcome_of_rank(0, 1)
-    for name, value in whole[0]["values"].items():
-        mean = torch.stack([rank["values"][name] for rank in ours]).mean(0)
-        assert_close_relative(mean, value, 1e-12, name)
-    for name in (*TERMS, "total"):
-        assert_same_gradient([rank[name] for rank in ours], whole[0][name], name)
+    for ours in (gathered, ring):
+        for name, value in whole[0]["values"].items():
+            mean = torch.stack([rank["values"][name] for rank in ours]).mean(0)
+            assert_close_relative(mean, value, 1e-12, name)
+        for name in (*TERMS, "total"):
+            assert_same_gradient([rank[name] for rank in ours], whole[0][name], name)
     for name in TERMS:  # all rows on every rank: no mean to take
         assert_close_relative(published[1]["values"][name], whole[1]["values"][name], 1e-12, name)
     assert_same_gradient([rank["total"] for rank in published], whole[1]["total"], "published total")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from laser_dist.config import RunConfig, TextConfig, ThinkingConfig, read_recipe
 from laser_dist.errors import UserError
+from laser_dist.model.embedded import CACHED_BACKBONE
 
 if TYPE_CHECKING:
     from laser_dist.batch import Example
@@ -30,7 +31,6 @@ Examples:
   laser-dist inspect shards/ --model Qwen/Qwen3-0.6B --example q17
   laser-dist inspect shards/ --recipe recipe.toml --json --fail-on-suspicious 0.02 > inspection.json
 """
-CACHED_BACKBONE = Path(".cache/laser_dist/smollm2-135m")
 EXIT_SUSPICIOUS = 1
 _CHUNK = 250  # examples tokenised in one call: enough for all cores, and the bar moves
 

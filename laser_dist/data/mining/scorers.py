@@ -47,22 +47,14 @@ class Scorer(Protocol):
 
 
 class Bm25:
-    """As `retrieval.bm25`: Lucene's variant, k1 = 1.5, b = 0.75, English stop words and Snowball stems.
-
-    Positives that the corpus lacks are indexed and scored, but never found.
-    """
+    """As `retrieval.bm25`. Positives that the corpus lacks are indexed and scored, but never found."""
 
     def __init__(self, corpus: Corpus, positives: Positives):
-        import bm25s
+        from laser_dist.retrieval.bm25 import Bm25Index
 
         texts = [f"{title} {text}" for title, text in zip(corpus.titles, corpus.texts, strict=True)]
         texts += [f"{p.title} {p.text}" for p in positives.missing]
-        self._size, self._total, self._rows = len(corpus), len(texts), positives.rows
-        passages = self._words(texts)
-        self._index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
-        if any(passages):  # bm25s cannot index nothing
-            self._index.index(passages, show_progress=False)
-        self._vocabulary = self._index.vocab_dict if any(passages) else {}
+        self._size, self._rows, self._index = len(corpus), positives.rows, Bm25Index(texts)
 
     def search(self, examples: Sequence[Example], depth: int) -> list[Found]:
         import torch
@@ -70,21 +62,11 @@ class Bm25:
         from laser_dist.retrieval.search import top_k
 
         found = []
-        for example, words in zip(examples, self._words([e.query for e in examples]), strict=True):
-            known = [word for word in words if word in self._vocabulary]
-            scores = self._index.get_scores(known) if known else np.zeros(self._total, np.float32)
+        for example, scores in zip(examples, self._index.scores([e.query for e in examples]), strict=True):
             best, rows = top_k(torch.from_numpy(scores[None, : self._size]), depth)
             positives = [float(scores[self._rows[p.title, p.text]]) for p in example.positives]
             found.append(Found(rows[0].tolist(), best[0].tolist(), positives))
         return found
-
-    @staticmethod
-    def _words(texts: list[str]) -> Any:
-        import bm25s
-        import Stemmer
-
-        stemmer = Stemmer.Stemmer("english")
-        return bm25s.tokenize(texts, stopwords="english", stemmer=stemmer, return_ids=False, show_progress=False)
 
 
 class Dense:
