@@ -20,15 +20,16 @@ def implementation(requested: str, device: torch.device, dtype: torch.dtype) -> 
 
     The environment variable LASER_KERNELS, where set, overrides what the code asks for.
     """
-    name, reason = choose(requested, device, dtype, os.environ.get(VARIABLE, ""))
+    name, reason = choose(requested, device, dtype)
     _announce(name, reason, str(device), str(dtype))
     if name == "reference":
         return None
     return importlib.import_module(f"laser_kernels.pair_{'triton' if name == 'triton' else 'torch'}")
 
 
-def choose(requested: str, device: torch.device, dtype: torch.dtype, override: str = "") -> tuple[str, str]:
+def choose(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(name, why) of the implementation. ValueError: there is none of that name, or it cannot run here."""
+    override = os.environ.get(VARIABLE)
     wanted, source = (override, VARIABLE) if override else (requested, "kernel")
     if wanted not in KERNELS:
         raise ValueError(f"{source} = {wanted!r}: must be one of {', '.join(KERNELS)}")

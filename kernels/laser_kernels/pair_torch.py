@@ -22,7 +22,7 @@ def chunk_columns(rows: int) -> int:
 
 def statistics(pairs: Pairs, columns: Columns) -> Tensor:
     """(STATISTICS, P): the sums over all columns, merged chunk by chunk."""
-    width = chunk_columns(pairs.pairs)
+    width = chunk_columns(pairs.count)
     total_SP = _chunk_statistics(pairs, columns, 0, width)
     for first in range(width, len(columns.passages_ND), width):
         total_SP = merge(torch.stack([total_SP, _chunk_statistics(pairs, columns, first, first + width)]), pairs)
@@ -44,12 +44,12 @@ def score_gradients(
     if teacher_PC is not None:
         gradient_PC += c1 * ((student_PC - level_s) / tau_P1).exp()
         gradient_PC -= c2 * ((teacher_PC - level_t) / tau_P1).exp()
-    out_RC[: pairs.pairs] = gradient_PC.masked_fill(~rival_PC, 0.0).where(~is_own_PC, own_student)
+    out_RC[: pairs.count] = gradient_PC.masked_fill(~rival_PC, 0.0).where(~is_own_PC, own_student)
     if pairs.has_teacher:
         assert teacher_PC is not None
         b = slice(pairs.queries)
         gradient_BC = c3[b] * ((teacher_PC[b] - ce_level_t[b]) / ce_tau_P1[b]).exp()
-        out_RC[pairs.pairs :] = gradient_BC.masked_fill(~rival_PC[b], 0.0).where(~is_own_PC[b], own_teacher[b])
+        out_RC[pairs.count :] = gradient_BC.masked_fill(~rival_PC[b], 0.0).where(~is_own_PC[b], own_teacher[b])
 
 
 def _chunk_statistics(pairs: Pairs, columns: Columns, first: int, last: int) -> Tensor:
@@ -69,7 +69,7 @@ def _chunk_statistics(pairs: Pairs, columns: Columns, first: int, last: int) -> 
         return shift_P, e_PC, e_PC.sum(1), ce_sum_P, output(scores_PC[b] > own_P[b, None] + TIE)
 
     def output(flags_BC: Tensor) -> Tensor:
-        return torch.cat([flags_BC.sum(1).to(tau_P1.dtype), tau_P1.new_zeros(pairs.pairs - pairs.queries)])
+        return torch.cat([flags_BC.sum(1).to(tau_P1.dtype), tau_P1.new_zeros(pairs.count - pairs.queries)])
 
     shift_s, _, sum_s, ce_sum_s, above_s = side(student_PC, pairs.own_2P[0])
     shift_t = sum_t = cross = ce_sum_t = above_t = torch.zeros_like(shift_s)
@@ -77,13 +77,13 @@ def _chunk_statistics(pairs: Pairs, columns: Columns, first: int, last: int) -> 
         shift_t, e_PC, sum_t, ce_sum_t, above_t = side(teacher_PC, pairs.own_2P[1])
         cross = (e_PC * ((teacher_PC - student_PC) / tau_P1)).sum(1)
     rivals = output(rival_PC[b])
-    return torch.stack([shift_s, shift_t, sum_s, sum_t, cross, ce_sum_s, ce_sum_t, above_s, above_t, rivals])
+    return torch.stack([shift_s, shift_t, sum_s, sum_t, ce_sum_s, ce_sum_t, cross, above_s, above_t, rivals])
 
 
 def _scores(pairs: Pairs, columns: Columns, first: int, last: int) -> tuple[Tensor, Tensor | None, Tensor]:
     """(P, C) scores of students and teachers with some columns, and which of them are rivals."""
     passages_CD = columns.passages_ND[first:last]
-    student_PC = product(pairs.rows_RD[: pairs.pairs], passages_CD.T)
+    student_PC = product(pairs.rows_RD[: pairs.count], passages_CD.T)
     teacher_PC = None if pairs.partners_PD is None else product(pairs.partners_PD, passages_CD.T)
     b = pairs.queries
     rival_BC = ~_own(columns, first, last)
@@ -91,7 +91,7 @@ def _scores(pairs: Pairs, columns: Columns, first: int, last: int) -> tuple[Tens
         for ids_B in columns.query_ids_BX.unbind(1):
             rival_BC &= ids_B[:, None] != columns.ids_N[first:last]
     if pairs.margin is not None:
-        rival_BC &= student_PC[:b] <= pairs.own_2P[0, :b, None] + pairs.margin
+        rival_BC &= ~(student_PC[:b] > pairs.own_2P[0, :b, None] + pairs.margin + TIE)  # NaN stays, and shows
     return student_PC, teacher_PC, rival_BC[pairs.query_of_pair()]
 
 

@@ -8,7 +8,6 @@ added atomically, and the order of every sum is fixed, so that results repeat bi
 Exponents are kept in base 2, the GPU's own: a logit times log2(e).
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 from laser_kernels import reference
 from laser_kernels.pairs import STATISTICS, Columns, Pairs, ScoreGradients, merge
 
-LOG2_E = math.log2(math.e)
 # Programs per streaming multiprocessor: several, so that the last, partly filled wave costs little.
 PROGRAMS_PER_PROCESSOR = 4
 # What stands in for the number of multiprocessors under the interpreter: enough to split the passages in tests.
@@ -48,12 +46,12 @@ def tile(dtype: torch.dtype, pairs: int, *, crowded: bool) -> Tile:
 
 def statistics(pairs: Pairs, columns: Columns) -> Tensor:
     """(STATISTICS, P): the sums over all columns; the splits' shares are merged in a fixed order."""
-    n, p, t = len(columns.passages_ND), pairs.pairs, _tile_of(pairs)
+    n, p, t = len(columns.passages_ND), pairs.count, _tile_of(pairs)
     blocks, tiles = triton.cdiv(p, t.pairs), triton.cdiv(n, t.columns)
     splits = min(tiles, max(1, PROGRAMS_PER_PROCESSOR * _processors(columns.passages_ND) // blocks))
     per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, per_split)
-    shifts_2P = pairs.fixed_shifts_2P(n)
+    shifts_2P = pairs.fixed_shifts_2P()
     parts_XSP = pairs.own_2P.new_empty(splits, STATISTICS, p)
     with torch.cuda.device_of(parts_XSP):
         _statistics_kernel[(blocks, splits)](
@@ -73,7 +71,7 @@ def score_gradients(
 ) -> None:
     """Fill out_RC with d loss / d score of the columns first .. last - 1; see `ScoreGradients` for the formula."""
     t = _tile_of(pairs)
-    grid = (triton.cdiv(pairs.pairs, t.pairs), triton.cdiv(last - first, t.columns))
+    grid = (triton.cdiv(pairs.count, t.pairs), triton.cdiv(last - first, t.columns))
     # The interpreter cuts bfloat16 off where a GPU rounds, so it leaves that to PyTorch.
     written_RC = out_RC if out_RC.is_cuda else torch.empty_like(out_RC, dtype=torch.float32)
     with torch.cuda.device_of(out_RC):
@@ -95,7 +93,7 @@ def score_gradients(
 
 def _tile_of(pairs: Pairs) -> Tile:
     two_temperatures = pairs.temperatures.contrast != pairs.temperatures.distill
-    return tile(pairs.rows_RD.dtype, pairs.pairs, crowded=pairs.margin is not None or two_temperatures)
+    return tile(pairs.rows_RD.dtype, pairs.count, crowded=pairs.margin is not None or two_temperatures)
 
 
 def _arguments(pairs: Pairs, columns: Columns) -> dict[str, object]:
@@ -107,16 +105,16 @@ def _arguments(pairs: Pairs, columns: Columns) -> dict[str, object]:
         "partners_ptr": rows_RD if pairs.partners_PD is None else pairs.partners_PD,
         "passages_ptr": columns.passages_ND,
         "stride_passages": columns.passages_ND.stride(0),
-        "labels_ptr": columns.labels_B.int(),
+        "labels_ptr": columns.labels_int32_B,
         "query_keys_ptr": query_keys_BX,
         "keys_ptr": keys_N,
         "keys_per_query": query_keys_BX.shape[1],
         "own_ptr": pairs.own_2P,
-        "scales_ptr": LOG2_E / pairs.temperatures_2P,
+        "scales_ptr": pairs.scales_2P,
         "margin": 0.0 if pairs.margin is None else pairs.margin,
         "B": pairs.queries,
         "K": max(pairs.steps, 1),
-        "P": pairs.pairs,
+        "P": pairs.count,
         "D": rows_RD.shape[1],
     }
 
@@ -175,7 +173,7 @@ def _scores(
     passages = passages_ptr + column.to(tl.int64)[None, :] * stride_passages + inner[:, None]
     student = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     teacher = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    latent = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    query_score = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_D):
         if EVEN_DEPTH:
             d = tl.load(passages + start)
@@ -203,7 +201,7 @@ def _scores(
                 q = tl.load(queries + start, mask=inside[None, :], other=0.0)
             if WIDEN:
                 q = q.to(tl.float32)
-            latent = tl.dot(q, d, latent, input_precision=PRECISION)
+            query_score = tl.dot(q, d, query_score, input_precision=PRECISION)
     if HAS_KEYS:
         key_of_column = tl.load(keys_ptr + column)
         for i in range(0, keys_per_query):
@@ -213,10 +211,10 @@ def _scores(
             if HAS_PARTNERS:
                 teacher = tl.where(same, DROPPED, teacher)
     if HAS_MARGIN:
-        rival = latent > tl.load(own_ptr + query)[:, None] + margin
-        student = tl.where(rival, DROPPED, student)
+        too_close = query_score > tl.load(own_ptr + query)[:, None] + margin + TIE
+        student = tl.where(too_close, DROPPED, student)
         if HAS_PARTNERS:
-            teacher = tl.where(rival, DROPPED, teacher)
+            teacher = tl.where(too_close, DROPPED, teacher)
     is_own = own_column[None, :] == tl.load(labels_ptr + query)[:, None]
     student = tl.where(is_own | (own_column >= last)[None, :], DROPPED, student)
     if HAS_PARTNERS:
@@ -325,9 +323,9 @@ def _statistics_kernel(
     tl.store(out + P, shift_t, mask=there)
     tl.store(out + 2 * P, sum_s, mask=there)
     tl.store(out + 3 * P, sum_t, mask=there)
-    tl.store(out + 4 * P, cross * scale.reshape((BLOCK_P,)) * LN_2, mask=there)
-    tl.store(out + 5 * P, ce_sum_s, mask=there)
-    tl.store(out + 6 * P, ce_sum_t, mask=there)
+    tl.store(out + 4 * P, ce_sum_s, mask=there)
+    tl.store(out + 5 * P, ce_sum_t, mask=there)
+    tl.store(out + 6 * P, cross * scale.reshape((BLOCK_P,)) * LN_2, mask=there)
     tl.store(out + 7 * P, tl.where(is_output, above_s, 0.0), mask=there)
     tl.store(out + 8 * P, tl.where(is_output, above_t, 0.0), mask=there)
     tl.store(out + 9 * P, tl.where(is_output, rivals, 0.0), mask=there)

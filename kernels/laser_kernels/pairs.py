@@ -9,6 +9,7 @@ disjoint parts - tiles, splits, ranks - merge by addition once they share a shif
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 # Rows of the statistics, of students (S) and teachers (T): shifts are scores, sums are of e^((score - shift) / tau).
-SHIFT_S, SHIFT_T, SUM_S, SUM_T, CROSS, CE_SUM_S, CE_SUM_T, ABOVE_S, ABOVE_T, RIVALS = range(10)
+SHIFT_S, SHIFT_T, SUM_S, SUM_T, CE_SUM_S, CE_SUM_T, CROSS, ABOVE_S, ABOVE_T, RIVALS = range(10)
 STATISTICS = 10
 
 
@@ -26,13 +27,12 @@ def precise(dtype: torch.dtype) -> torch.dtype:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, accumulated and returned in `precise`, whatever the inputs' dtype."""
+    """left @ right, accumulated and returned in `precise`, whatever the inputs' dtype; autocast has no say in it."""
     out = precise(left.dtype)
-    if left.dtype == out:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=out)
-    return left.to(out) @ right.to(out)
+    with torch.autocast(left.device.type, enabled=False):
+        if left.is_cuda and left.dtype != out:
+            return torch.mm(left, right, out_dtype=out)
+        return left.to(out) @ right.to(out)
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,21 @@ class Pairs:
 
     rows_RD: Tensor  # (R, D) - students, their steps, and the teacher if there is one: what gets a gradient
     partners_PD: Tensor | None  # (P, D) - the teacher's row of each pair; None: there is no pair, only students
+    own_2P: Tensor  # (2, P) - score of the query's own positive, by student and teacher (as precise as scores are)
     queries: int  # B
     steps: int  # K, 0 without a trajectory
+    columns: int  # N, of all ranks
     temperatures: Temperatures
     margin: float | None  # a column that the student scores above its positive + margin is a false negative
-    own_2P: Tensor  # (2, P) - score of the query's own positive, by student and teacher (as precise as scores are)
 
     @property
-    def pairs(self) -> int:
+    def count(self) -> int:
+        """P."""
         return self.queries * (1 + self.steps)
 
     @property
     def has_teacher(self) -> bool:
-        return len(self.rows_RD) > self.pairs
+        return len(self.rows_RD) > self.count
 
     @cached_property
     def temperatures_2P(self) -> Tensor:
@@ -82,9 +84,15 @@ class Pairs:
         t = self.temperatures
         return torch.stack([self.per_pair(t.distill, t.trajectory), self.per_pair(t.contrast, t.trajectory)])
 
+    @cached_property
+    def scales_2P(self) -> Tensor:
+        """(2, P) - exponents of 2 per unit of score: what the temperatures are to a GPU."""
+        return math.log2(math.e) / self.temperatures_2P
+
     def per_pair(self, output: float | Tensor, step: float | Tensor) -> Tensor:
         """(P,) - one value for the B output pairs and another for the B·K step pairs."""
-        values = [torch.as_tensor(v, dtype=self.own_2P.dtype, device=self.own_2P.device) for v in (output, step)]
+        # A number becomes a tensor on the device, not on the host: a copy would make the host wait for the GPU.
+        values = [v if isinstance(v, Tensor) else self.own_2P.new_full((), v) for v in (output, step)]
         return torch.cat([values[0].expand(self.queries), values[1].expand(self.queries * self.steps)])
 
     def query_of_pair(self) -> Tensor:
@@ -92,9 +100,14 @@ class Pairs:
         own = torch.arange(self.queries, device=self.rows_RD.device)
         return torch.cat([own, own.repeat_interleave(self.steps)])
 
-    def fixed_shifts_2P(self, columns: int) -> Tensor | None:
+    def query_of_row(self) -> Tensor:
+        """(R,) int64 - the query that each row belongs to."""
+        of_pairs_P = self.query_of_pair()
+        return torch.cat([of_pairs_P, of_pairs_P[: self.queries]]) if self.has_teacher else of_pairs_P
+
+    def fixed_shifts_2P(self) -> Tensor | None:
         """(2, P) scores, of student and teacher; None: sums need the running maximum."""
-        floor = self.temperatures.fixed_shift_floor(columns)
+        floor = self.temperatures.fixed_shift_floor(self.columns)
         return None if floor is None else self.own_2P.clamp(min=floor)
 
 
@@ -106,6 +119,11 @@ class Columns:
     labels_B: Tensor  # (B,) int64 - each row's own positive among them, -1 where it is elsewhere
     ids_N: Tensor | None  # (N,) int64
     query_ids_BX: Tensor | None  # (B, X) int64 - a column with one of the row's ids is a false negative, or its own
+
+    @cached_property
+    def labels_int32_B(self) -> Tensor:
+        """As kernels compare them."""
+        return self.labels_B.int().contiguous()
 
     @cached_property
     def keys(self) -> tuple[Tensor, Tensor] | None:
@@ -133,7 +151,7 @@ class ScoreGradients:
     unit: Tensor  # scalar
 
 
-def score_gradients_of(to_terms_4: Tensor, statistics_SP: Tensor, pairs: Pairs) -> ScoreGradients:
+def score_gradients_of(to_terms: Sequence[Tensor], statistics_SP: Tensor, pairs: Pairs) -> ScoreGradients:
     """What the backward sweep needs, from the gradients g of the four terms.
 
     c0 = g0 / (B tau), c3 = g1 / (B tau); c1 and c2 are g2 / (B tau_kd) for outputs and g3 / (B K tau_mid) for steps,
@@ -144,8 +162,10 @@ def score_gradients_of(to_terms_4: Tensor, statistics_SP: Tensor, pairs: Pairs) 
     where p is nearly 1. In units of the largest times 2^-12, so that float16 holds the probabilities of 10^6 passages.
     """
     t, b, dtype = pairs.temperatures, pairs.queries, pairs.own_2P.dtype
-    scale_4 = to_terms_4.new_tensor([t.contrast, t.contrast, t.distill, t.trajectory * max(pairs.steps, 1)]) * b
-    infonce_s, infonce_t, output, trajectory = (to_terms_4 / scale_4).double().unbind()
+    divisors = (b * t.contrast, b * t.contrast, b * t.distill, b * max(pairs.steps, 1) * t.trajectory)
+    infonce_s, infonce_t, output, trajectory = (
+        to_term.double() / divisor for to_term, divisor in zip(to_terms, divisors, strict=True)
+    )
     output = output if pairs.has_teacher else torch.zeros_like(output)
     c0_P, c1_P, c3_P = (
         pairs.per_pair(*values).double() for values in ((infonce_s, 0.0), (output, trajectory), (infonce_t, 0.0))
@@ -165,15 +185,18 @@ def score_gradients_of(to_terms_4: Tensor, statistics_SP: Tensor, pairs: Pairs) 
 
 def merge(parts_XSP: Tensor, pairs: Pairs) -> Tensor:
     """(X, STATISTICS, P) of X disjoint sets of passages -> that of their union; with equal shifts a plain sum."""
-    merged_SP = parts_XSP.sum(0)
     divergence_P, contrast_P = pairs.temperatures_2P
-    for shift, plain, contrastive in ((SHIFT_S, [SUM_S], CE_SUM_S), (SHIFT_T, [SUM_T, CROSS], CE_SUM_T)):
-        highest_P = parts_XSP[:, shift].amax(0)
-        below_XP = parts_XSP[:, shift] - highest_P
-        for which in plain:
-            merged_SP[which] = (parts_XSP[:, which] * (below_XP / divergence_P).exp()).sum(0)
-        merged_SP[contrastive] = (parts_XSP[:, contrastive] * (below_XP / contrast_P).exp()).sum(0)
-        merged_SP[shift] = highest_P
+    merged_SP = parts_XSP.sum(0)  # of counts
+    merged_SP[: SHIFT_T + 1] = parts_XSP[:, : SHIFT_T + 1].amax(0)
+    for shift, temperature_P, sums in (
+        (SHIFT_S, divergence_P, [SUM_S]),
+        (SHIFT_T, divergence_P, [SUM_T, CROSS]),
+        (SHIFT_S, contrast_P, [CE_SUM_S]),
+        (SHIFT_T, contrast_P, [CE_SUM_T]),
+    ):
+        weights_XP = ((parts_XSP[:, shift] - merged_SP[shift]) / temperature_P).exp()
+        for which in sums:
+            merged_SP[which] = (parts_XSP[:, which] * weights_XP).sum(0)
     return merged_SP
 
 
@@ -185,11 +208,11 @@ def rivals_logits(statistics_SP: Tensor, pairs: Pairs) -> Tensor:
     """
     values = statistics_SP.double()
     temperatures_4P = pairs.temperatures_2P.double().repeat_interleave(2, 0)
-    above_own_2P = values[[SHIFT_S, SHIFT_T]] - pairs.own_2P.double()
-    return values[[SUM_S, SUM_T, CE_SUM_S, CE_SUM_T]].log() + above_own_2P.repeat(2, 1) / temperatures_4P
+    above_own_2P = values[SHIFT_S : SHIFT_T + 1] - pairs.own_2P.double()
+    return values[SUM_S : CE_SUM_T + 1].log() + above_own_2P.repeat(2, 1) / temperatures_4P
 
 
-def terms(statistics_SP: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def terms_of(statistics_SP: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """InfoNCE = log(1 + e^z); KL = E_T[b - a] - log Z_T + log Z_S, with the positive's share in closed form.
 
     (b - a), not b, because E_T[b] and log Z_T are far larger than their difference.
@@ -201,8 +224,7 @@ def terms(statistics_SP: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, 
     own_s_P, own_t_P = pairs.own_2P.double()
     ahead_P = (own_t_P - own_s_P) / tau_P
     shift_P = (values[SHIFT_T] - own_t_P) / tau_P
-    # shift -> -inf with the sum at 0 where there are no rivals at all
-    cross_P = torch.where(values[SUM_T] > 0, values[CROSS] * (shift_P - log_t_P).exp(), 0.0)
+    cross_P = values[CROSS] * (shift_P - log_t_P).exp()
     divergence_P = cross_P + ahead_P * (-log_t_P).exp() - (ahead_P + log_t_P) + log_s_P
     zero = divergence_P.new_zeros(())
     means = (

@@ -73,7 +73,7 @@ def alignment_reference(
         infonce_explicit = _infonce(teacher_scores_BN / temperature, labels_B, keep_BN)
         kl_output = _kl(teacher_scores_BN / distill_temperature, student_scores_BN / distill_temperature, keep_BN)
         explicit_above_B = _rivals_above(teacher_scores_BN, labels_B, keep_BN)
-    if student_steps_BKD is not None and teacher_steps_BKD is not None:
+    if student_steps_BKD is not None and teacher_steps_BKD is not None and student_steps_BKD.shape[1]:
         student_BKN = student_steps_BKD.to(precise) @ passages_ND.T
         teacher_BKN = teacher_steps_BKD.detach().to(precise) @ passages_ND.detach().T
         keep_BKN = None if keep_BN is None else keep_BN[:, None]
@@ -97,7 +97,7 @@ def kept_columns(
         positives_BX = query_ids if query_ids.dim() == 2 else query_ids[:, None]
         keep_BN &= positives_BX[:, :, None].ne(passage_ids).all(1)
     if margin is not None:
-        keep_BN &= scores_BN <= scores_BN.gather(1, labels_B[:, None]) + margin
+        keep_BN &= ~(scores_BN > scores_BN.gather(1, labels_B[:, None]) + margin + TIE)  # NaN stays, and shows
     return keep_BN.scatter(1, labels_B[:, None], True)
 
 

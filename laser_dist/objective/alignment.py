@@ -47,9 +47,12 @@ class AlignmentObjective:
     def kernel_on(self, device: torch.device) -> str:
         """Name of the loss's implementation. UserError: the one asked for cannot run there."""
         try:
-            return choose(self.config.kernel, device, torch.float32)[0]
+            name, _ = choose(self.config.kernel, device, torch.float32)
         except ValueError as error:
             raise UserError(f"objective.kernel: {error}") from None
+        if name == "reference" and self.config.passages == "ring":
+            raise UserError('objective.passages = "ring": the reference has no ring; unset LASER_KERNELS')
+        return name
 
     def __call__(self, views: Views, batch: PackedBatch, step: int) -> LossTerms:
         """Compare this rank's B queries with the N passages of all ranks; called by every rank alike."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from laser_kernels import Alignment, align, alignment, alignment_loss, alignment_loss_reference, pair_torch
+from laser_kernels.pairs import STATISTICS, Pairs, Temperatures, score_gradients_of
 from torch import Tensor
 
 from laser_dist.testing import assert_close_relative
@@ -121,13 +122,53 @@ def test_odd_shapes(kernel, dtype, b, k, d, n, device, poisoned_memory, small_ch
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("tau", [0.01, 0.02, 0.1])
-@pytest.mark.parametrize("common", [0.0, 1.0], ids=["isotropic", "mean cosine 0.5"])
+@pytest.mark.parametrize("common", [0.0, 1.0, 8.0], ids=["isotropic", "mean cosine 0.5", "mean cosine 0.98"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_temperatures_and_anisotropy(kernel, dtype, tau, common, device, poisoned_memory):
-    """At 0.01 the exponentials leave float32 unless they are shifted by a running maximum."""
+    """At 0.01 the exponentials leave float32 unless they are shifted by a running maximum.
+
+    Where passages share a direction, the gradient is what remains when that cancels: probabilities rounded to 16 bits
+    would lose a per cent of it.
+    """
+    if common == 8.0 and dtype == torch.float32:
+        pytest.skip("rows' own rounding is past 1e-5 there, in float32 inputs' scores of 0.98")
     values, labels = inputs(24, 3, 256, 500, common)
     temperatures = {name: tau if name != "trajectory_temperature" else 2 * tau for name in PUBLISHED}
     check(values, labels, dtype, kernel, device, **temperatures)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_running_maximum_under_two_temperatures(kernel, device, poisoned_memory):
+    """Passages that get nearer and nearer, over several tiles: each tile rescales what the ones before left."""
+    values, labels = inputs(6, 2, 64, 300)
+    target = values[0][:1] + values[1][:1]
+    nearness = torch.linspace(-1, 1, 300, dtype=torch.float64)[:, None]
+    values[4] = F.normalize(values[4] + 1.5 * nearness * target, dim=-1)
+    check(
+        values,
+        labels,
+        torch.float32,
+        kernel,
+        device,
+        **{**PUBLISHED, "temperature": 0.03, "distill_temperature": 0.008},
+    )
+
+
+@pytest.mark.parametrize("tau", [0.0125, 0.0135, 0.014, 0.0145, 0.016, 0.02])
+@pytest.mark.parametrize("own, others", [(-1.0, 1.0), (1.0, -1.0), (-1.0, -1.0)])
+def test_extreme_scores_stay_in_float32(tau, own, others, device):
+    """Scores of 1 and -1, on both sides of the temperature below which a fixed shift would overflow."""
+    direction = F.normalize(torch.ones(1, 16, dtype=torch.float64), dim=-1)
+    passages = torch.cat([own * direction, others * direction.expand(400, 16)])
+    teacher = F.normalize(-direction + 0.3 * rows(1, 16, seed=1), dim=-1)
+    arguments = ([direction, teacher, None, None, passages], torch.zeros(1, dtype=torch.long))
+    temperatures = dict.fromkeys(PUBLISHED, tau)
+    expected, _ = outcome(*arguments, torch.float64, kernel="reference", **temperatures)
+    found, gradients = outcome(*arguments, torch.float32, device, kernel="triton", **temperatures)
+    logit_error = 4 * torch.finfo(torch.float32).eps / tau
+    for name, actual, wanted in zip(TERMS, found.terms, expected.terms, strict=True):
+        assert_close_relative(actual, wanted, 1e-5, name, noise=logit_error)
+    assert all(x is None or x.isfinite().all() for x in gradients.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -164,11 +205,12 @@ def test_far_more_exact_than_scores_in_bfloat16(dtype, device, capsys):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("teacher, steps", list(itertools.product([True, False], repeat=2)))
-def test_absent_inputs(kernel, teacher, steps, device, poisoned_memory):
+@pytest.mark.parametrize("teacher, steps, segments", list(itertools.product([True, False], repeat=3)))
+def test_absent_inputs(kernel, teacher, steps, segments, device, poisoned_memory):
     """Without steps, without a teacher, and plain InfoNCE: terms are 0, and no gradient comes where none is due."""
     values, labels = inputs(6, 2, 40, 90)
-    kept = [values[0], values[1] if teacher else None, *(values[2:4] if steps else (None, None)), values[4]]
+    there = (True, teacher, steps, segments, True)
+    kept = [value if present else None for value, present in zip(values, there, strict=True)]
     check(kept, labels, torch.float32, kernel, device, **PUBLISHED, **ids(6, 90))
 
 
@@ -204,6 +246,70 @@ def test_a_loss_near_zero_keeps_its_digits(kernel, device):
     reference, _ = outcome(values, torch.arange(8), torch.float64, kernel="reference", **options)
     assert 0 < reference.terms.infonce_latent < 1e-7
     assert max(found.values()) < 1e-4, found
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_ids_that_no_column_has_drop_nothing(kernel, device):
+    """In a ring that is the rule: between two ids that are there, before all, and after all."""
+    values, labels = inputs(6, 2, 40, 90)
+    mask = {"passage_ids": 10 * torch.arange(90), "query_ids": 10 * labels[:, None] + torch.tensor([5, -7, 2**62])}
+    check(values, labels, torch.float32, kernel, device, **PUBLISHED, **mask)
+    found, _ = outcome(values, labels, torch.float32, device, kernel=kernel, **PUBLISHED, **mask)
+    assert not found.dropped_B.any()
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_margin_spares_copies_of_the_positive(kernel, dtype, device):
+    """Their scores differ by rounding only: dropping some of them would be a draw of lots, by machine."""
+    passages = rows(40, 96, seed=0)
+    values = [F.normalize(passages + rows(40, 96, seed=1), dim=-1), None, None, None, passages.repeat(2, 1)]
+    device = "cpu" if dtype == torch.float64 else device
+    kernel = "chunked" if dtype == torch.float64 and kernel == "triton" else kernel
+    found, _ = outcome(values, torch.arange(40), dtype, device, kernel=kernel, **PUBLISHED, margin=0.0)
+    assert not found.dropped_B.any()
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "reference"])
+def test_nan_shows_in_the_loss(kernel, device):
+    """A passage that is not a number compares as false with everything, and must not pass for a false negative."""
+    values, labels = inputs(6, 2, 40, 90)
+    values[4][50] = torch.nan
+    found, _ = outcome(values, labels, torch.float32, device, kernel=kernel, **PUBLISHED, margin=0.1)
+    assert found.terms.infonce_latent.isnan()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_autocast_has_no_say(kernel, device):
+    """bfloat16 scores are what this is written to avoid."""
+    values, labels = inputs(24, 3, 128, 200)
+    plain, _ = outcome(values, labels, torch.float32, device, kernel=kernel, **PUBLISHED)
+    with torch.autocast(device, torch.bfloat16):
+        cast, gradients = outcome(values, labels, torch.float32, device, kernel=kernel, **PUBLISHED)
+    assert all(torch.equal(a, b) for a, b in zip(plain.terms, cast.terms, strict=True))
+    assert gradients["student"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_passages_of_any_layout(kernel, device):
+    values, labels = inputs(6, 2, 40, 90)
+    strided = values[4].float().to(device).T.contiguous().T
+    assert strided.stride(-1) != 1
+    small = [x.float().to(device) for x in values[:4]]
+    found = alignment_loss(*small, strided, labels.to(device), kernel=kernel, **PUBLISHED)
+    expected = alignment_loss(*small, strided.contiguous(), labels.to(device), kernel=kernel, **PUBLISHED)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_gradients_of_scores_use_the_range_of_float16():
+    """In absolute terms the probabilities of 10^6 passages would be below float16's smallest number."""
+    pairs = Pairs(
+        torch.zeros(4, 8), torch.zeros(2, 8), torch.zeros(2, 2), queries=2, steps=0, columns=10**6,
+        temperatures=Temperatures(0.02, 0.02, 0.05), margin=None,
+    )  # fmt: skip
+    statistics = torch.ones(STATISTICS, 2)
+    gradients = score_gradients_of([torch.tensor(x) for x in (1.0, 1.0, 10.0, 0.0)], statistics, pairs)
+    assert gradients.coefficients_4P.abs().max().item() == pytest.approx(4096)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -252,9 +358,9 @@ def test_only_the_gradient_asked_for(needed, device):
     leaves = {name: x.float().to(device) for name, x in zip(INPUTS, values, strict=True)}
     leaves[needed].requires_grad_()
     sum(alignment_loss(*leaves.values(), labels.to(device), kernel="triton", **PUBLISHED)).backward()
-    _, expected = outcome(values, labels, torch.float64, kernel="reference", **PUBLISHED)
-    sum(alignment_loss_reference(*(x.detach() for x in leaves.values()), labels.to(device), **PUBLISHED))
-    assert leaves[needed].grad.shape == expected[needed].shape and leaves[needed].grad.any()
+    alone = {name: x.requires_grad_(name == needed) for name, x in zip(INPUTS, values, strict=True)}
+    sum(alignment_loss_reference(*alone.values(), labels, **PUBLISHED)).backward()
+    assert relative(leaves[needed].grad, alone[needed].grad) < 1e-5
 
 
 def test_dtypes_are_brought_together():
@@ -276,6 +382,7 @@ def test_dtypes_are_brought_together():
         ({"passages_ND": torch.zeros(0, 16)}, "0 passages"),
         ({"query_ids": torch.zeros(5), "passage_ids": torch.zeros(30)}, r"query_ids has shape \(5,\), expected \(4,\)"),
         ({"passage_ids": torch.zeros(29)}, r"passage_ids has shape \(29,\), expected \(30,\)"),
+        ({"labels_B": torch.zeros(4, dtype=torch.int32)}, "labels_B is torch.int32, expected torch.int64"),
     ],
 )  # fmt: skip
 def test_shapes_that_do_not_fit_are_named(change, message):
@@ -286,3 +393,11 @@ def test_shapes_that_do_not_fit_are_named(change, message):
     ordered = [arguments.pop(name) for name in names]
     with pytest.raises(ValueError, match=message):
         alignment_loss(*ordered, kernel="chunked", **PUBLISHED, **arguments)
+
+
+@pytest.mark.parametrize("label", [-1, 30])
+def test_labels_out_of_range_are_refused(label):
+    """-1 would take the last passage for the positive, and leave it among its own rivals."""
+    values, _ = inputs(1, 2, 16, 30)
+    with pytest.raises(RuntimeError, match="labels_B holds a column that there is not"):
+        alignment_loss(*values, torch.tensor([label]), kernel="chunked", **PUBLISHED)
