@@ -189,7 +189,7 @@ def _chunked_bytes(s: Shape) -> int:
     """A dozen matrices of a chunk's scores, the workspace, and rows once more in float32."""
     rows = s.B * (2 + s.K)
     scores = max(pair_torch.CHUNK_SCORES, s.B * (1 + s.K) * pair_torch.SHORTEST_CHUNK)
-    return 12 * 4 * scores + 2 * alignment.WORKSPACE_BYTES + 12 * rows * s.D
+    return 12 * 4 * scores + 2 * pair_torch.WORKSPACE_BYTES + 12 * rows * s.D
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def small_chunks() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(pair_torch, "CHUNK_SCORES", 1))
         stack.enter_context(mock.patch.object(pair_torch, "SHORTEST_CHUNK", 100))
-        stack.enter_context(mock.patch.object(alignment, "WORKSPACE_BYTES", 1))
+        stack.enter_context(mock.patch.object(alignment, "LONGEST_CHUNK", 128))
         stack.enter_context(mock.patch(f"{__name__}.liger_queries", lambda b, n, d: max(b // 3, 1)))
         yield
 

@@ -33,14 +33,11 @@ from laser_kernels.pairs import (
 from laser_kernels.reference import Alignment, AlignmentTerms, alignment_reference
 from laser_kernels.ring import Ring
 
-# The workspace of d loss / d score. 32 MiB stay in an H100's L2 (50 MB) between the kernel that writes them and the two
-# products that read them; products over this many scores are long past their best size.
-WORKSPACE_BYTES = 32 * 2**20
 # Rows of the workspace are multiples of this: kernels store aligned, and products have a useful inner dimension.
 CHUNK_MULTIPLE = 128
 # The products are float32, and for the passages as long as the chunk.
 PRODUCT_BYTES = 256 * 2**20
-# With few rows 32 MiB would hold millions of columns; past this many nothing is gained.
+# With few rows the workspace would hold millions of columns; past this many nothing is gained.
 LONGEST_CHUNK = 2**16
 
 
@@ -215,7 +212,7 @@ def _sweep_backward(
     """
     rows_RD, passages_ND = pairs.rows_RD, columns.passages_ND
     (r, d), n = rows_RD.shape, len(passages_ND)
-    width = min(WORKSPACE_BYTES // (r * rows_RD.element_size()), PRODUCT_BYTES // (4 * d), LONGEST_CHUNK, n)
+    width = min(kernels.WORKSPACE_BYTES // (r * rows_RD.element_size()), PRODUCT_BYTES // (4 * d), LONGEST_CHUNK, n)
     width = max(width // CHUNK_MULTIPLE, 1) * CHUNK_MULTIPLE
     workspace = rows_RD.new_empty(r, width)
     for first in range(0, n, width):

@@ -11,6 +11,8 @@ from laser_kernels.reference import TIE
 
 # 2^21 scores are 8 MiB in float32: a chunk's handful of matrices stays near the caches, and a GEMM is still large.
 CHUNK_SCORES = 2**21
+# As much for d loss / d score in backward: 32 MiB took 1.9 times as long on one core (B 1000, N 100,000, D 64).
+WORKSPACE_BYTES = 4 * CHUNK_SCORES
 # Below this a GEMM is mostly overhead; memory is then P * 256 scores, as much as rows of D = 256 take themselves.
 SHORTEST_CHUNK = 256
 

@@ -18,6 +18,9 @@ from torch import Tensor
 from laser_kernels import reference
 from laser_kernels.pairs import STATISTICS, Columns, Pairs, ScoreGradients, merge
 
+# d loss / d score of a chunk: it stays in an H100's L2 (50 MB) between the kernel that writes it and the two products
+# that read it, and products over this many scores are long past their best size.
+WORKSPACE_BYTES = 32 * 2**20
 # Programs per streaming multiprocessor: several, so that the last, partly filled wave costs little.
 PROGRAMS_PER_PROCESSOR = 4
 # What stands in for the number of multiprocessors under the interpreter: enough to split the passages in tests.

@@ -106,7 +106,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last of them ragged, at the sizes of tests."""
     monkeypatch.setattr(pair_torch, "CHUNK_SCORES", 1)
     monkeypatch.setattr(pair_torch, "SHORTEST_CHUNK", 37)
-    monkeypatch.setattr(alignment, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(alignment, "LONGEST_CHUNK", 128)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
