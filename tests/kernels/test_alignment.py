@@ -130,8 +130,8 @@ def test_temperatures_and_anisotropy(kernel, dtype, tau, common, device, poisone
     Where passages share a direction, the gradient is what remains when that cancels: probabilities rounded to 16 bits
     would lose a per cent of it.
     """
-    if common == 8.0 and dtype == torch.float32:
-        pytest.skip("rows' own rounding is past 1e-5 there, in float32 inputs' scores of 0.98")
+    if (common, tau, dtype) == (8.0, 0.1, torch.float32):
+        pytest.skip("there is next to no divergence; its gradient errs by 2e-5, that of the float32 reference by 3e-4")
     values, labels = inputs(24, 3, 256, 500, common)
     temperatures = {name: tau if name != "trajectory_temperature" else 2 * tau for name in PUBLISHED}
     check(values, labels, dtype, kernel, device, **temperatures)
