@@ -55,12 +55,13 @@ class Trainer:
         self.dev = read_dev_set(config)
 
         device = init_distributed()
+        self.objective = AlignmentObjective(config.objective, config.trajectory_temperature)
+        self.kernel = self.objective.kernel_on(device)
         torch.manual_seed(config.seed)
         lm = prepare_for_training(load_backbone(config.model), config.model)
         self.retriever = LaserRetriever(lm, steps=config.thinking.steps, convention=config.thinking.convention)
         self.engine = Engine(self.retriever, build_optimizer(self.retriever, config.optimizer), ds_config)
         torch.manual_seed(config.seed + 1 + rank())  # ranks drop out differently; they did not initialise differently
-        self.objective = AlignmentObjective(config.objective, config.trajectory_temperature)
         self.card = RetrieverCard.of(config)
         self.encoder = LaserEncoder(self.retriever, self.text, self.card, over_ranks=True)
         self.clock = StepClock(device)
@@ -231,7 +232,7 @@ class Trainer:
         kind = f"LoRA rank {model.lora_rank}" if model.lora_rank else "all weights"
         self.progress.say(
             f"{model.name}{kept} · {kind} · {model.dtype} · ZeRO-{self.engine.stage} · {world_size()} ranks · "
-            f"{self.objective.kernel_on(self.engine.device)} loss · "
+            f"{self.kernel} loss · "
             f"{self.queries_per_step} queries a step · {self.total_steps} steps"
             + (f" · resuming after step {start}" if start else "")
         )

@@ -5,7 +5,6 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from laser_dist.data.streaming.sets import open_data
 from laser_dist.data.streaming.store import RemoteOptions, RemoteStore
 from laser_dist.data.streaming.stream import ExampleStream, plain_errors
 from laser_dist.errors import UserError
+from laser_dist.testing import run_distributed
 from laser_dist.testing.faulty_server import FaultyServer
 
 EXAMPLES = 60
@@ -192,13 +192,13 @@ def test_processes_of_one_machine_fetch_a_shard_once(folder, server, tmp_path):
     shard = load_manifest(folder).shards[0]
     server.faults[shard.name] = ["stall"]  # so that all others arrive while the first one waits
     arguments = (server.url, str(tmp_path), shard.name, shard.sha256)
-    with get_context("spawn").Pool(3) as pool:
-        assert pool.starmap(_size_of, [arguments] * 6) == [shard.bytes] * 6
+    assert run_distributed(sizes_on_a_rank, 3, *arguments, timeout=60) == [[shard.bytes] * 2] * 3
     assert server.requests[shard.name] == 2  # the stall, and the one that came through
 
 
-def _size_of(url: str, cache: str, name: str, sha256: str) -> int:
-    return len(RemoteStore(url, RemoteOptions(Path(cache), timeout=1.5)).read_verified(name, sha256))
+def sizes_on_a_rank(rank: int, world_size: int, url: str, cache: str, name: str, sha256: str) -> list[int]:
+    store = RemoteStore(url, RemoteOptions(Path(cache), timeout=1.5))
+    return [len(store.read_verified(name, sha256)) for _ in range(2)]
 
 
 def test_who_waited_for_a_failing_fetch_fails_with_it(folder, server, tmp_path):
