@@ -111,6 +111,10 @@ def _passages(row: dict, field: str, where: str) -> tuple[Passage, ...]:
     if value is None:
         if field == "positives":
             raise UserError(f'{where}: "{name}" is missing: give at least one passage.{_near(name, row)}')
+        # A list under nearly the right name is a typing error, and would otherwise be lost without a word.
+        lists = {key: item for key, item in row.items() if isinstance(item, list)}
+        if near := _near(name, lists):
+            raise UserError(f'{where}: "{name}" is missing, which is allowed, but:{near} Rename it')
         return ()
     if not isinstance(value, list | tuple):
         raise UserError(f'{where}: "{name}" must be a list of passages, got {_kind(value)}: {_PASSAGE_FORM}')

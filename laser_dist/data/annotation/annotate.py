@@ -94,6 +94,15 @@ class AnnotateConfig:
             raise UserError(f"--out {self.out}: give the name of a .jsonl file")
         if self.out.exists() and not self.journal.exists():
             raise UserError(f"--out {self.out} exists and was not made by annotate: choose another name")
+        made_from = json.loads(self.report.read_bytes()).get("source") if self.report.is_file() else None
+        if made_from not in (None, self.origin):
+            raise UserError(f"--out {self.out} holds the rows of {made_from}: choose another name")
+
+    @property
+    def origin(self) -> str:
+        """The source, whatever folder the command is given in."""
+        path = Path(self.source).expanduser()
+        return str(path.absolute()) if path.exists() else str(self.source)
 
     @property
     def journal(self) -> Path:
@@ -204,7 +213,7 @@ def _finish(job: "Job", journal: "Journal") -> int:
     report = _report(job, journal)
     write_json(job.config.report, report)
     print(_summary(job.config, report))
-    return 0
+    return int(bool(report["failed"]) and not report["annotated"])
 
 
 def _with_rationale(row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
@@ -235,6 +244,7 @@ def _report(job: "Job", journal: "Journal") -> dict[str, Any]:
     cost = _cost(job.config, spent["prompt_tokens"], spent["completion_tokens"])
     priced = job.config.price_in is not None or job.config.price_out is not None
     return {
+        "source": job.config.origin,
         "model": job.config.model,
         "rows": job.rows,
         "kept": job.kept,

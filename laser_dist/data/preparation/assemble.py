@@ -8,10 +8,11 @@ import numpy as np
 
 from laser_dist import __version__
 from laser_dist.data.manifest import DevSplit, Manifest, Source
-from laser_dist.data.preparation.build import SKIPPED, Builder, Plan
+from laser_dist.data.preparation.build import Builder, Plan
 from laser_dist.data.preparation.console import Bar
 from laser_dist.data.preparation.convert import Record, Rules, detect_form, load_tokenizer
 from laser_dist.data.preparation.dev import CORPUS, QRELS, QUERIES
+from laser_dist.data.preparation.partial import SKIPPED
 from laser_dist.data.preparation.select import Selection
 from laser_dist.data.sources.layouts import RowForm, parse_fields
 from laser_dist.data.sources.read import hash_files, open_source

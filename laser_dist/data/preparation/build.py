@@ -14,13 +14,12 @@ from laser_dist.data.preparation.convert import Converted, Defect, Record, Rules
 from laser_dist.data.preparation.dev import DevCollection
 from laser_dist.data.preparation.lengths import Lengths
 from laser_dist.data.preparation.parallel import ordered_map
-from laser_dist.data.preparation.partial import SEEN, PartialSet
+from laser_dist.data.preparation.partial import SEEN, SKIPPED, PartialSet
 from laser_dist.data.preparation.select import DUPLICATE_ID, DUPLICATE_QUERY, NO_RATIONALE, Selection
 from laser_dist.data.sources.read import Origin
 from laser_dist.errors import UserError
 
 SHOWN = 5  # defects named before giving up: enough to mend several at once, few enough to read
-SKIPPED = "skipped.jsonl"
 _REMEDIES = {
     DUPLICATE_ID: "give every row its own, or leave repetitions out with --duplicates drop",
     DUPLICATE_QUERY: "leave repetitions out with --duplicate-queries drop, or keep them with keep",
@@ -96,7 +95,7 @@ class Builder:
         self._skipped: list[bytes] = []
         self._defects: list[str] = []
         self._without: list[str] = []  # where the rows lack a rationale
-        self._repeated: dict[str, str] = {}  # query id -> where it was found again
+        self._repeated: dict[str, str] = {}  # where a query id was found again -> the id
         self._next = (0, 0)
         for entry in partial.entries:
             self.totals.merge(Totals.from_json(entry["totals"]))
@@ -184,7 +183,7 @@ class Builder:
             self._without.append(where) if len(self._without) < SHOWN else None
             self._news.counts["error no rationale"] += 1
         elif reason == DUPLICATE_ID:
-            self._repeated[record.query_id] = where
+            self._repeated[where] = record.query_id
             self._fail(where, converted.file, record.number)
         else:
             self._fail(f"{where}: this query was asked before: {_REMEDIES[reason]}", converted.file, record.number)
@@ -220,9 +219,9 @@ class Builder:
         places = self._first_places()
         complaints = [
             f'{where}: "query_id" {query_id!r} was already used at {places[query_id]}: {_REMEDIES[DUPLICATE_ID]}'
-            for query_id, where in self._repeated.items()
+            for where, query_id in self._repeated.items()
         ]
-        complaints += [line for line in self._defects if line not in self._repeated.values()]
+        complaints += [line for line in self._defects if line not in self._repeated]
         if self._without:
             number = self.totals.counts["error no rationale"] + self._news.counts["error no rationale"]
             remedy = _REMEDIES[NO_RATIONALE].replace("add it", "add them")
@@ -232,12 +231,12 @@ class Builder:
     def _first_places(self) -> dict[str, str]:
         """Where the repeated ids occur first; found by reading again, as remembering all places would take room."""
         places: dict[str, str] = {}
-        if self._repeated:
+        if ids := set(self._repeated.values()):
             for converted in self.plan.converted():
                 for outcome in converted.outcomes:
-                    if isinstance(outcome, Record) and outcome.query_id in self._repeated:
+                    if isinstance(outcome, Record) and outcome.query_id in ids:
                         places.setdefault(outcome.query_id, f"{converted.file}:{outcome.number}")
-                if len(places) == len(self._repeated):
+                if len(places) == len(ids):
                     break
         return places
 

@@ -33,12 +33,13 @@ class Histogram:
         self.bins.update(other.bins)
 
     def quantile(self, share: float) -> int:
-        """The lower end of the bin that holds this quantile."""
+        """The middle of the bin that holds this quantile."""
         rank, seen = share * self.count, 0
         for bin in sorted(self.bins):
             seen += self.bins[bin]
             if seen >= rank:
-                return bin
+                width = 1 << max(0, bin.bit_length() - 6)
+                return min(bin + width // 2, self.largest)
         return self.largest
 
     def summary(self) -> dict[str, float]:

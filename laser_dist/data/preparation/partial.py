@@ -23,6 +23,7 @@ from laser_dist.data.manifest import MANIFEST, Manifest, Shard, encode_manifest
 from laser_dist.errors import UserError
 from laser_dist.files import sync_folder
 
+SKIPPED = "skipped.jsonl"  # rows left out, and why
 SEEN = "seen"  # in the state folder; all other appended files are published
 
 
@@ -181,8 +182,11 @@ def check_target(out: Path, overwrite: bool) -> None:
     if any(out.iterdir()):
         if not overwrite:
             raise UserError(f"{out} is not empty: choose another folder, or replace it with --overwrite")
-        if not (out / MANIFEST).is_file():
-            raise UserError(f"{out} holds no shards but other files, which --overwrite would delete: empty it yourself")
+        ours = (MANIFEST, SKIPPED, "dev")
+        foreign = [path.name for path in out.iterdir() if path.name not in ours and not path.match("shard-*.tar")]
+        if foreign or not (out / MANIFEST).is_file():
+            what = f"holds {min(foreign)}" if foreign else "holds no shards but other files"
+            raise UserError(f"{out} {what}, which --overwrite would delete: move it away yourself")
 
 
 def publish(partial: Path, out: Path) -> None:

@@ -173,6 +173,8 @@ class RemoteStore:
                 if not sha256 or _matches(content, sha256):
                     return content
                 cause, lasting = "its sha256 differs from the manifest's", False
+            except UserError:  # a package is missing: no attempt will bring it
+                raise
             except Exception as error:  # HTTP and S3 clients raise many kinds, most of them no OSError
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise

@@ -626,3 +626,15 @@ def test_help_is_quick_and_has_examples():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "laser-dist annotate --source" in done.stdout
+
+
+def test_another_source_never_replaces_the_rows_of_the_first(tmp_path, server):
+    """Same --out, other rows: the first annotation was gone, its answers in the journal alone."""
+    out = tmp_path / "out.jsonl"
+    first, second = (write(tmp_path / name, [row(i) for i in range(n)]) for name, n in (("a.jsonl", 3), ("b.jsonl", 2)))
+    flags = f"--out {out} --model m --base-url {server.url}".split()
+    assert main(["--source", str(first), *flags]) == 0
+    with pytest.raises(UserError, match="holds the rows of .*a.jsonl"):
+        main(["--source", str(second), *flags])
+    assert len(read(out)) == 3
+    assert main(["--source", str(first), *flags]) == 0

@@ -108,6 +108,32 @@ def test_repeated_ids_name_both_lines(tmp_path, source):
     assert load_manifest(tmp_path / "out").dropped == {"duplicate query_id": 1}
 
 
+def test_every_repetition_of_an_id_is_named_in_full(tmp_path, source):
+    """A dictionary by id kept the last one only, and left bare places of the others."""
+    path = source(*(row(0, query=f"query {i}") for i in range(4)))
+    with pytest.raises(UserError) as error:
+        main(["--source", path, "--out", str(tmp_path / "out")])
+    assert str(error.value).count("was already used at") == 3
+    assert all("was already used at" in line for line in str(error.value).splitlines() if "train.jsonl" in line)
+
+
+def test_overwriting_never_takes_other_files_along(tmp_path, source):
+    out = tmp_path / "out"
+    arguments = ["--source", source(row(0), row(1)), "--out", str(out)]
+    assert main(arguments) == 0
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds notes.txt, which --overwrite would delete"):
+        main([*arguments, "--overwrite"])
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_misspelled_negatives_are_not_lost_without_a_word(tmp_path, source):
+    wrong = row(0)
+    wrong["negatves"] = wrong.pop("negatives", [{"id": "n", "text": "other"}])
+    with pytest.raises(UserError, match="negatves"):
+        main(["--source", source(wrong), "--out", str(tmp_path / "out")])
+
+
 def prepare(tmp_path, *arguments, out="out"):
     assert main([*arguments, "--out", str(tmp_path / out)]) == 0
     return load_manifest(tmp_path / out)

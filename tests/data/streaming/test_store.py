@@ -188,6 +188,13 @@ def test_a_server_that_dies_for_good_stops_a_run_or_costs_its_shard(folder, serv
     assert all(a == b or b in lost for a, b in zip(got, expected, strict=True))
 
 
+def test_a_missing_package_is_said_at_once(server, tmp_path, monkeypatch):
+    """The advice to install it was caught, retried, and lost."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install 'laser-dist\\[remote\\]'"):
+        open_data(DataConfig(train=server.url, cache=str(tmp_path)))
+
+
 def test_processes_of_one_machine_fetch_a_shard_once(folder, server, tmp_path):
     shard = load_manifest(folder).shards[0]
     server.faults[shard.name] = ["stall"]  # so that all others arrive while the first one waits
