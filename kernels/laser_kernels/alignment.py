@@ -212,8 +212,8 @@ def _sweep_backward(
     """
     rows_RD, passages_ND = pairs.rows_RD, columns.passages_ND
     (r, d), n = rows_RD.shape, len(passages_ND)
-    width = min(kernels.WORKSPACE_BYTES // (r * rows_RD.element_size()), PRODUCT_BYTES // (4 * d), LONGEST_CHUNK, n)
-    width = max(width // CHUNK_MULTIPLE, 1) * CHUNK_MULTIPLE
+    most = min(kernels.WORKSPACE_BYTES // (r * rows_RD.element_size()), PRODUCT_BYTES // (4 * d), LONGEST_CHUNK)
+    width = min(max(most // CHUNK_MULTIPLE, 1), -(-n // CHUNK_MULTIPLE)) * CHUNK_MULTIPLE
     workspace = rows_RD.new_empty(r, width)
     for first in range(0, n, width):
         last = min(first + width, n)
