@@ -58,7 +58,6 @@ def _chunk_statistics(pairs: Pairs, columns: Columns, first: int, last: int) -> 
     student_PC, teacher_PC, rival_PC = _scores(pairs, columns, first, last)
     b = slice(pairs.queries)
     tau_P1, ce_tau_P1 = (tau[:, None] for tau in pairs.temperatures_2P)
-    one_temperature = pairs.temperatures.contrast == pairs.temperatures.distill
 
     def side(scores_PC: Tensor, own_P: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Shift, e^logit, its sum, that under the contrast's temperature, and the rivals above the positive."""
@@ -67,7 +66,7 @@ def _chunk_statistics(pairs: Pairs, columns: Columns, first: int, last: int) -> 
         shift_P = scores_PC.amax(1).clamp(min=-1e28)
         below_PC = scores_PC - shift_P[:, None]
         e_PC = (below_PC / tau_P1).exp()
-        ce_sum_P = e_PC.sum(1) if one_temperature else (below_PC / ce_tau_P1).exp().sum(1)
+        ce_sum_P = (below_PC / ce_tau_P1).exp().sum(1) if pairs.temperatures.differ else e_PC.sum(1)
         return shift_P, e_PC, e_PC.sum(1), ce_sum_P, output(scores_PC[b] > own_P[b, None] + TIE)
 
     def output(flags_BC: Tensor) -> Tensor:

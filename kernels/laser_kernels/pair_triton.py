@@ -95,8 +95,7 @@ def score_gradients(
 
 
 def _tile_of(pairs: Pairs) -> Tile:
-    two_temperatures = pairs.temperatures.contrast != pairs.temperatures.distill
-    return tile(pairs.rows_RD.dtype, pairs.count, crowded=pairs.margin is not None or two_temperatures)
+    return tile(pairs.rows_RD.dtype, pairs.count, crowded=pairs.margin is not None or pairs.temperatures.differ)
 
 
 def _arguments(pairs: Pairs, columns: Columns) -> dict[str, object]:
@@ -127,7 +126,7 @@ def _options(pairs: Pairs, columns: Columns, t: Tile) -> dict[str, object]:
         "HAS_PARTNERS": pairs.partners_PD is not None,
         "HAS_KEYS": columns.keys is not None,
         "HAS_MARGIN": pairs.margin is not None,
-        "TWO_TEMPERATURES": pairs.temperatures.contrast != pairs.temperatures.distill,
+        "TWO_TEMPERATURES": pairs.temperatures.differ,
         "EVEN_DEPTH": pairs.rows_RD.shape[1] % t.depth == 0,
         # TF32 would cost float32 inputs 13 of their 24 bits: at temperature 0.02 that is 2 % of a logit's exponential.
         "PRECISION": "ieee" if pairs.rows_RD.dtype == torch.float32 else "tf32",
@@ -150,6 +149,18 @@ TIE = tl.constexpr(reference.TIE)
 # A score no rows can have, below even the shift of rows that have seen no rival yet.
 DROPPED = tl.constexpr(-1e30)
 LOWEST = tl.constexpr(-1e28)
+
+
+@triton.jit
+def _operand(pointers, inside, EVEN_DEPTH: tl.constexpr, WIDEN: tl.constexpr):
+    """A tile of one factor, 0 past the hidden size."""
+    if EVEN_DEPTH:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    if WIDEN:
+        tile = tile.to(tl.float32)
+    return tile
 
 
 @triton.jit
@@ -178,32 +189,15 @@ def _scores(
     teacher = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     query_score = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_D):
-        if EVEN_DEPTH:
-            d = tl.load(passages + start)
-            x = tl.load(rows + start)
-        else:
-            inside = inner + start < D
-            d = tl.load(passages + start, mask=inside[:, None], other=0.0)
-            x = tl.load(rows + start, mask=inside[None, :], other=0.0)
-        if WIDEN:
-            d = d.to(tl.float32)
-            x = x.to(tl.float32)
+        inside = inner + start < D
+        d = _operand(passages + start, inside[:, None], EVEN_DEPTH, WIDEN)
+        x = _operand(rows + start, inside[None, :], EVEN_DEPTH, WIDEN)
         student = tl.dot(x, d, student, input_precision=PRECISION)
         if HAS_PARTNERS:
-            if EVEN_DEPTH:
-                y = tl.load(partners + start)
-            else:
-                y = tl.load(partners + start, mask=inside[None, :], other=0.0)
-            if WIDEN:
-                y = y.to(tl.float32)
+            y = _operand(partners + start, inside[None, :], EVEN_DEPTH, WIDEN)
             teacher = tl.dot(y, d, teacher, input_precision=PRECISION)
         if HAS_MARGIN:
-            if EVEN_DEPTH:
-                q = tl.load(queries + start)
-            else:
-                q = tl.load(queries + start, mask=inside[None, :], other=0.0)
-            if WIDEN:
-                q = q.to(tl.float32)
+            q = _operand(queries + start, inside[None, :], EVEN_DEPTH, WIDEN)
             query_score = tl.dot(q, d, query_score, input_precision=PRECISION)
     if HAS_KEYS:
         key_of_column = tl.load(keys_ptr + column)

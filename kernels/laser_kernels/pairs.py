@@ -43,6 +43,11 @@ class Temperatures:
     distill: float
     trajectory: float
 
+    @property
+    def differ(self) -> bool:
+        """Whether an output's contrast and divergence need sums of their own."""
+        return self.contrast != self.distill
+
     def fixed_shift_floor(self, columns: int) -> float | None:
         """The lowest score that sums over `columns` unit rows may be shifted by; None: no fixed shift is safe.
 
