@@ -15,14 +15,11 @@ from laser_dist.data.annotation.chat import ChatClient, Unanswered
 from laser_dist.data.annotation.journal import Journal
 from laser_dist.data.annotation.prompts import render_prompt
 from laser_dist.data.annotation.rationales import NoRationale, quotes, rationale_of
-from laser_dist.data.schema import parse_example
-from laser_dist.data.sources.read import read_source
+from laser_dist.data.sources.read import read_examples
 from laser_dist.errors import UserError
 
 if TYPE_CHECKING:
     from laser_dist.data.annotation.annotate import AnnotateConfig
-
-_SHOWN = 5
 
 
 @dataclass
@@ -38,22 +35,8 @@ class Job:
 
     def read(self) -> Iterator[tuple[dict[str, Any], Example]]:
         """Rows as they are, and as examples. Raises UserError, which may name several defects."""
-        defects: list[str] = []
-        for number, (where, row) in enumerate(read_source(self.config.source)):
-            if number == self.config.limit:
-                break
-            try:
-                example = parse_example(row, where)
-            except UserError as error:
-                defects.append(str(error))
-                if len(defects) == _SHOWN:
-                    defects.append("(stopped here; there may be more)")
-                    break
-                continue
-            if not defects:
-                yield row, example
-        if defects:
-            raise UserError("\n".join(defects))
+        for _, row, example in read_examples(self.config.source, self.config.limit):
+            yield row, example
 
     def wanted(self, example: Example) -> bool:
         return self.config.overwrite or not example.rationale

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -26,14 +25,13 @@ from laser_dist.data.mining.scorers import (
     locked,
 )
 from laser_dist.data.schema import NAMES, example_to_row, parse_example
-from laser_dist.data.sources.read import read_source
+from laser_dist.data.sources.read import read_examples, read_source
 from laser_dist.errors import UserError
 from laser_dist.files import replacing, write_json
 from laser_dist.observability.console import quiet_libraries
 from laser_dist.retrieval.collection import Corpus, read_corpus, read_qrels
 from laser_dist.retrieval.encode import weights_hash
 
-_SHOWN = 5
 _FIELDS = {name for names in NAMES.values() for name in names}
 # What the result does not depend on, or depends on by content and not by name.
 _LEFT_OUT = ("out", "shard", "device", "overwrite", "vectors", "corpus", "source", "qrels", "limit", "model")
@@ -71,7 +69,7 @@ def read_task(config: MineConfig) -> Task:
     folder = encoder_folder(config.model) if config.model else None
     known, union, positives = KnownPositives(qrels), dict[str, Passage](), dict[tuple[str, str], Passage]()
     digest, rows, judged = hashlib.sha256(), 0, 0
-    for where, row, example in _examples(config):
+    for where, row, example in read_examples(config.source, config.limit):
         rows += 1
         judged += bool(qrels and example.query_id in qrels)
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -139,23 +137,6 @@ def finish(task: Task) -> int:
     task.lock.unlink(missing_ok=True)
     print(report.summary(config.out, plotted))
     return 0
-
-
-def _examples(config: MineConfig) -> Iterator[tuple[str, dict[str, Any], Example]]:
-    defects: list[str] = []
-    for where, row in islice(read_source(config.source), config.limit):
-        try:
-            example = parse_example(row, where)
-        except UserError as error:
-            defects.append(str(error))
-            if len(defects) == _SHOWN:
-                defects.append("(stopped here; there may be more)")
-                break
-            continue
-        if not defects:
-            yield where, row, example
-    if defects:
-        raise UserError("\n".join(defects))
 
 
 def _unite(union: dict[str, Passage], example: Example, where: str) -> None:

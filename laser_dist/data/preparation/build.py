@@ -16,10 +16,9 @@ from laser_dist.data.preparation.lengths import Lengths
 from laser_dist.data.preparation.parallel import ordered_map
 from laser_dist.data.preparation.partial import SEEN, SKIPPED, PartialSet
 from laser_dist.data.preparation.select import DUPLICATE_ID, DUPLICATE_QUERY, NO_RATIONALE, Selection
-from laser_dist.data.sources.read import Origin
+from laser_dist.data.sources.read import SHOWN, Origin
 from laser_dist.errors import UserError
 
-SHOWN = 5  # defects named before giving up: enough to mend several at once, few enough to read
 _REMEDIES = {
     DUPLICATE_ID: "give every row its own, or leave repetitions out with --duplicates drop",
     DUPLICATE_QUERY: "leave repetitions out with --duplicate-queries drop, or keep them with keep",

@@ -8,9 +8,12 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from laser_dist.batch import Example
+from laser_dist.data.schema import parse_example
 from laser_dist.data.sources.chunks import Chunk, line_chunks, parquet_chunks, to_arrow
 from laser_dist.data.sources.layouts import RowForm
 from laser_dist.errors import UserError
@@ -19,6 +22,7 @@ FORMS = (
     "a .jsonl (.gz, .zst) or .parquet file, a folder of such files, a folder written by save_to_disk, "
     "a BEIR folder, or a hub id such as org/name"
 )
+SHOWN = 5  # defects named before giving up: enough to mend several at once, few enough to read
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _SAVED = {"dataset_info.json", "dataset_dict.json", "state.json"}
@@ -63,6 +67,27 @@ def open_source(name: str, form: RowForm | None = None) -> Origin:
     if _looks_like_file(name):
         raise UserError(f"source {name} does not exist (looked in {Path.cwd()}); give {FORMS}")
     return Hub(name)
+
+
+def read_examples(source: str, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any], Example]]:
+    """Yield (where, row, example) of the first `limit` rows.
+
+    After a defect nothing more is yielded; the UserError at the end names up to five.
+    """
+    defects: list[str] = []
+    for where, row in islice(read_source(source), limit):
+        try:
+            example = parse_example(row, where)
+        except UserError as error:
+            defects.append(str(error))
+            if len(defects) == SHOWN:
+                defects.append("(stopped here; there may be more)")
+                break
+            continue
+        if not defects:
+            yield where, row, example
+    if defects:
+        raise UserError("\n".join(defects))
 
 
 def read_source(path_or_id: str, form: RowForm | None = None) -> Iterator[tuple[str, Any]]:
