@@ -73,6 +73,28 @@ class PackedBatch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
+    def select(self, rows_C: Tensor) -> "PackedBatch":
+        """A batch of some rows (ascending indexes into R) to encode; what compares rows (labels, keys) stays behind."""
+        starts_R = self.lengths_R.cumsum(0) - self.lengths_R
+        lengths_C = self.lengths_R[rows_C]
+        moved_C = starts_R[rows_C] - (lengths_C.cumsum(0) - lengths_C)
+        kept_T = torch.repeat_interleave(moved_C, lengths_C)
+        kept_T += torch.arange(len(kept_T), device=kept_T.device)
+        queries_C = rows_C[rows_C < self.queries]
+        segments = {}
+        if self.segment_ends_BM is not None and self.segments_B is not None and len(queries_C):
+            moved_CM = moved_C[: len(queries_C), None]
+            segments["segment_ends_BM"] = self.segment_ends_BM[queries_C] - moved_CM
+            segments["segments_B"] = self.segments_B[queries_C]
+        return PackedBatch(
+            tokens_T=self.tokens_T[kept_T],
+            positions_T=self.positions_T[kept_T],
+            lengths_R=lengths_C,
+            prompt_lengths_R=self.prompt_lengths_R[rows_C],
+            queries=len(queries_C),
+            **segments,
+        )
+
 
 class Views(NamedTuple):
     """What the model makes of a batch. Vectors have unit length, states do not; None where there is no rationale.

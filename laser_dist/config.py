@@ -256,6 +256,12 @@ class TrainConfig:
 
     queries_per_rank: int = 8
     """B: queries per rank and micro-batch. In-batch negatives come from all ranks of one micro-batch."""
+    chunk_tokens: int = 0
+    """GradCache: run a micro-batch in chunks of at most so many packed tokens, at the price of a second forward pass.
+    Exact; thousands of queries in the memory of one chunk. 0 runs it at once."""
+    reduce_gradients: Literal["auto", "once", "each_chunk"] = "auto"
+    """ZeRO-2 and 3 with several chunks or micro-batches a step: reduce gradients after each, so that a rank holds only
+    its part of them, or once a step, for less traffic and whole gradients on each rank. auto: once with LoRA."""
     accumulation: int = 1
     """Micro-batches per optimizer step. More of them average more queries; they do not add negatives."""
     epochs: float = 1.0
@@ -267,6 +273,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.queries_per_rank >= 1, "train.queries_per_rank", self.queries_per_rank, "must be at least 1")
+        _require(
+            self.chunk_tokens >= 0, "train.chunk_tokens", self.chunk_tokens, "0 for no chunks, or a positive number"
+        )
         _require(self.accumulation >= 1, "train.accumulation", self.accumulation, "must be at least 1")
         _require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "must be finite and above 0")
         _require(
@@ -348,6 +357,14 @@ class RunConfig:
         """The temperature in force: the convention decides where the recipe does not (spec: two conventions)."""
         official = self.thinking.convention == "official"
         return self.objective.trajectory_temperature or (0.05 if official else 0.02)
+
+    @property
+    def reduce_once(self) -> bool:
+        """Whether gradients are reduced once a step although there may be several backwards in it."""
+        if not (self.train.chunk_tokens or self.train.accumulation > 1):
+            return False
+        mode = self.train.reduce_gradients
+        return mode == "once" or (mode == "auto" and self.model.lora_rank > 0)
 
     def validate(self) -> None:
         """Check what no single section can: required values, combinations, files. Raises UserError."""

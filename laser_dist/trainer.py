@@ -1,6 +1,6 @@
 """The training loop. One optimizer step reads top to bottom in `Trainer.step`:
 
-batch -> engine(batch) -> Views -> gathered passages -> four terms -> finite on every rank? -> backward -> update.
+batch -> Views (maybe in chunks) -> gathered passages -> four terms -> finite on every rank? -> backward -> update.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from laser_dist.data.text import TextFormat
 from laser_dist.distributed.checkpoint import CheckpointStore, TrainerState
 from laser_dist.distributed.collectives import gather_objects, gather_table, rank, world_size
 from laser_dist.distributed.engine import Engine, NonFiniteGradient, init_distributed, launched_world_size
+from laser_dist.distributed.grad_cache import GradCache
 from laser_dist.errors import UserError
 from laser_dist.model.backbone import load_backbone, load_tokenizer, prepare_for_training
 from laser_dist.model.retriever import LaserRetriever
@@ -60,7 +61,13 @@ class Trainer:
         torch.manual_seed(config.seed)
         lm = prepare_for_training(load_backbone(config.model), config.model)
         self.retriever = LaserRetriever(lm, steps=config.thinking.steps, convention=config.thinking.convention)
-        self.engine = Engine(self.retriever, build_optimizer(self.retriever, config.optimizer), ds_config)
+        self.engine = Engine(
+            self.retriever,
+            build_optimizer(self.retriever, config.optimizer),
+            ds_config,
+            reduce_once=config.reduce_once,
+        )
+        self.grad_cache = GradCache(self.engine)
         torch.manual_seed(config.seed + 1 + rank())  # ranks drop out differently; they did not initialise differently
         self.card = RetrieverCard.of(config)
         self.encoder = LaserEncoder(self.retriever, self.text, self.card, over_ranks=True)
@@ -111,19 +118,20 @@ class Trainer:
         self.engine.set_learning_rate(rate)
         norms_due = config.logging.term_gradient_norms_every and step % config.logging.term_gradient_norms_every == 0
         rows = []
-        for _ in range(config.train.accumulation):
-            with clock.phase("data"):
-                loaded = self._next(batches)
-                batch = loaded.packed.to(self.engine.device)
-            with clock.phase("forward"):
-                views = self.engine(batch)
-                loss = self.objective(views, batch, step)
-            self._check_finite(step, loss, batch.query_ids)
-            vectors = [x for x in views[:4] if x is not None]
-            norms = term_gradient_norms(loss, vectors) if norms_due else {}
-            with clock.phase("backward"):
-                self.engine.backward(loss.total)
-            rows.append(micro_batch_scalars(loaded, loss) | norms)
+        with self.engine.reduction():
+            for micro_batch in range(1, config.train.accumulation + 1):
+                with clock.phase("data"):
+                    loaded, chunks = self._next(batches)
+                    batch = loaded.packed.to(self.engine.device)
+                with clock.phase("forward"):
+                    views = self.grad_cache.forward(batch, chunks)
+                    loss = self.objective(views, batch, step)
+                self._check_finite(step, loss, batch.query_ids)
+                vectors = [x for x in views[:4] if x is not None]
+                norms = term_gradient_norms(loss, vectors) if norms_due else {}
+                with clock.phase("backward"):
+                    self.grad_cache.backward(loss.total, last=micro_batch == config.train.accumulation)
+                rows.append(micro_batch_scalars(loaded, loss) | {"train/chunks": float(chunks)} | norms)
         with clock.phase("optimizer"):
             try:
                 gradient_norm = self.engine.step()
@@ -182,22 +190,26 @@ class Trainer:
         self.total_steps = total_steps(self.config, self.data, self.queries_per_step, state.step, self.position)
         return state.step
 
-    def _next(self, batches: Iterator[TrainingBatch]) -> TrainingBatch:
-        """This rank's next micro-batch; what goes wrong on one rank ends all, instead of leaving them to wait."""
+    def _next(self, batches: Iterator[TrainingBatch]) -> tuple[TrainingBatch, int]:
+        """This rank's next micro-batch, and in how many chunks all ranks run theirs.
+
+        What goes wrong on one rank ends all, instead of leaving them to wait.
+        """
         loaded, problem = None, None
         try:
             loaded = next(batches)
         except UserError as error:
             problem = str(error)
         defects = loaded.defects if loaded else ()
-        table = gather_table({"failed": float(problem is not None), "defects": float(len(defects))})
+        counts = {"defects": len(defects), "chunks": loaded.chunks if loaded else 0}
+        table = gather_table({"failed": float(problem is not None), **{k: float(v) for k, v in counts.items()}})
         if any(row["failed"] for row in table):
             raise UserError(next(text for text in gather_objects(problem) if text))
         if any(row["defects"] for row in table):
             for r, found in enumerate(gather_objects(defects)):  # all of them on all ranks, which so stop together
                 self.quarantine.add(found, rank=r)
         assert loaded is not None
-        return loaded
+        return loaded, int(max(row["chunks"] for row in table))
 
     def _check_finite(self, step: int, loss: LossTerms, query_ids: tuple[str, ...]) -> None:
         """Stop, on all ranks alike, before a term that is not a number reaches a gradient."""
@@ -222,7 +234,9 @@ class Trainer:
         table = {name: value for name, value in asdict(self.config).items() if name in kept}
         order = ("homogeneous", "negatives", "shuffle", "shuffle_shards")
         table["data"] = {name: table["data"][name] for name in order} | {"sets": self.data.fingerprint()}
-        del table["train"]["queries_per_rank"], table["model"]["activation_checkpointing"]
+        for name in ("queries_per_rank", "chunk_tokens", "reduce_gradients"):
+            del table["train"][name]
+        del table["model"]["activation_checkpointing"]
         del table["objective"]["kernel"], table["objective"]["passages"]
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 

@@ -1,6 +1,6 @@
 """The training engine: DeepSpeed behind the few calls that the trainer needs; only this file and checkpoint.py know it.
 
-forward -> backward (per micro-batch; gradients are averaged over micro-batches and ranks) -> step (clip, update).
+forward -> backward (as often as it takes; gradients are averaged over micro-batches and ranks) -> step (clip, update).
 """
 
 import math
@@ -56,11 +56,20 @@ def _refuse_other_launchers() -> None:
 class Engine:
     """A module and its optimizer, sharded as the DeepSpeed config says."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]):
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ds_config: dict[str, Any],
+        *,
+        reduce_once: bool = False,
+    ):
+        """`reduce_once`: see `reduction`; of use with ZeRO-2 and 3 only, as the other stages reduce once anyway."""
         self.module = module
         self.stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         if self.stage == 3:
             _register_external_parameters(module)
+        self.reduce_once = reduce_once and self.stage >= 2
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         self.ds, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, model_parameters=self.trained, config=ds_config
@@ -79,11 +88,25 @@ class Engine:
         """
         return Views(*(None if x is None else x.view_as(x) for x in self.ds(batch)))
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch, averaged over the accumulation window and the ranks."""
+    @contextmanager
+    def reduction(self) -> Iterator[None]:
+        """Around all backwards of a step. With `reduce_once` gradients stay whole on each rank until the end of it.
+
+        Otherwise ZeRO-2 and 3 reduce and partition them at each backward: that much more traffic, and no rank ever
+        holds more than its part.
+        """
+        if not self.reduce_once:
+            yield
+            return
+        self.ds.set_gradient_accumulation_boundary(True)
+        with self.ds.coalesce_grad_reduction():
+            yield
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add a loss's gradient, divided by the number of micro-batches; `last`: the step follows."""
+        if not self.reduce_once:
+            self.ds.set_gradient_accumulation_boundary(last)
         self.ds.backward(loss)
-        if not self.ds.is_gradient_accumulation_boundary():
-            self.ds.step()  # updates nothing: it is how DeepSpeed counts micro-batches
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.ds.optimizer.param_groups:

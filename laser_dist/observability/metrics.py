@@ -19,6 +19,7 @@ SCALARS = {
     **{f"gradient_norm/{term}": ("1/cosine", "mean", f"norm of d {term} / d vectors and states") for term in TERMS},
     "train/gradient_norm": ("1", "global", "norm of all gradients before clipping"),
     "train/learning_rate": ("1", "equal on all ranks", "of this step"),
+    "train/chunks": ("chunks", "equal on all ranks", "that a micro-batch ran in; see train.chunk_tokens"),
     "train/epoch": ("epochs", "equal on all ranks", "passes over the data so far"),
     "train/positive_mean_rank": ("rank", "mean", "of the positive among all passages; chance is (N + 1) / 2"),
     "train/latent_top1_accuracy": ("share", "mean", "queries whose latent view ranks the positive first"),

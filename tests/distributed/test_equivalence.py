@@ -12,6 +12,7 @@ from laser_dist.batch import Example, Passage
 from laser_dist.config import ModelConfig, ObjectiveConfig, TextConfig
 from laser_dist.data.text import TextFormat
 from laser_dist.distributed.engine import Engine, NonFiniteGradient, init_distributed
+from laser_dist.distributed.grad_cache import GradCache
 from laser_dist.model.backbone import load_backbone, load_tokenizer, prepare_for_training
 from laser_dist.model.retriever import LaserRetriever
 from laser_dist.objective.alignment import TERMS, AlignmentObjective
@@ -22,6 +23,8 @@ from laser_dist.testing import assert_close_relative, run_distributed, tiny_mode
 QUERIES, PASSAGES_PER_QUERY, LEARNING_RATE = 4, 2, 0.01
 # Sums over ranks and padded lengths come in another order; float32 rounding of that is near 1e-6.
 TOLERANCE = 1e-5
+# Chunks also add the gradients of rows in another order; the gradient itself is good to 7e-5 * 20 * LEARNING_RATE.
+CHUNKED = 5e-5
 WORDS = "heat makes steam float above metal while cold stone keeps the drop still and bright under water".split()
 OBJECTIVE = ObjectiveConfig(temperature=0.1, distill_temperature=0.1, output_weight=2.0, trajectory_weight=0.5)
 
@@ -44,12 +47,13 @@ def examples() -> list[Example]:
     return made
 
 
-def build(folder: Path, *, lora: bool, checkpointing: bool) -> tuple[LaserRetriever, TextFormat]:
+def build(folder: Path, *, lora: bool, checkpointing: bool, dropout: float = 0.0) -> tuple[LaserRetriever, TextFormat]:
     config = ModelConfig(
         name=str(folder),
         dtype="float32",
         lora_rank=4 if lora else 0,
         lora_alpha=8,
+        lora_dropout=dropout,
         lora_targets=("q_proj", "v_proj", "up_proj"),
         activation_checkpointing=checkpointing,
     )
@@ -78,7 +82,7 @@ def reference_update(folder: Path, *, lora: bool, term: str | None = None) -> di
     return {name: p.detach().clone() for name, p in model.lm.named_parameters() if p.requires_grad}
 
 
-def engine_of(model: LaserRetriever, stage: int, accumulation: int = 1) -> Engine:
+def engine_of(model: LaserRetriever, stage: int, accumulation: int = 1, *, reduce_once: bool = False) -> Engine:
     trained = [p for p in model.parameters() if p.requires_grad]
     ds_config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -87,7 +91,7 @@ def engine_of(model: LaserRetriever, stage: int, accumulation: int = 1) -> Engin
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }
-    return Engine(model, torch.optim.SGD(trained, lr=LEARNING_RATE), ds_config)
+    return Engine(model, torch.optim.SGD(trained, lr=LEARNING_RATE), ds_config, reduce_once=reduce_once)
 
 
 def updates_of_rank(rank: int, world_size: int, folders: dict[str, Path], cases: list[tuple]) -> list[dict]:
@@ -138,14 +142,14 @@ def accumulated_updates(rank: int, world_size: int, folder: Path) -> list[tuple[
     for stage in range(4):
         model, text = build(folder, lora=False, checkpointing=True)
         engine = engine_of(model, stage, accumulation=2)
-        for half in (examples()[:2], examples()[2:]):
-            engine.backward(loss_of(engine, text, half[rank : rank + 1], None))
+        for first, last in ((0, False), (2, True)):
+            engine.backward(loss_of(engine, text, examples()[first + rank : first + rank + 1], None), last=last)
         made.append((engine.step(), engine.full_state_dict()))
     return made
 
 
 def test_accumulation_averages_the_gradients_of_its_micro_batches(folders: dict[str, Path]) -> None:
-    """DeepSpeed counts micro-batches by calls of step(); one call per window updated at every second window only."""
+    """A boundary that DeepSpeed counts by itself, or a mean taken twice, shows here."""
     model, text = build(folders["tied"], lora=False, checkpointing=False)
     for half in (examples()[:2], examples()[2:]):
         (loss_of(model, text, half, None) / 2).backward()
@@ -157,6 +161,82 @@ def test_accumulation_averages_the_gradients_of_its_micro_batches(folders: dict[
         assert actual_norm == pytest.approx(norm, rel=1e-4)
         for name, value in model.lm.named_parameters():
             assert_close_relative(update[name], value, TOLERANCE, name)
+
+
+def chunked_updates(rank: int, world_size: int, folders: dict[str, Path], cases: list[tuple]) -> list[tuple]:
+    """Loss and updated parameters of each (tying, stage, checkpointing, lora, chunks, reduce_once, accumulation)."""
+    init_distributed()
+    made = []
+    for tying, stage, checkpointing, lora, chunks, reduce_once, accumulation in cases:
+        model, text = build(folders[tying], lora=lora, checkpointing=checkpointing)
+        engine = engine_of(model, stage, accumulation, reduce_once=reduce_once)
+        cache, losses = GradCache(engine), []
+        with engine.reduction():
+            for number in range(accumulation):
+                each = QUERIES // accumulation
+                mine = examples()[number * each : (number + 1) * each][rank * each // world_size :][
+                    : each // world_size
+                ]
+                batch = text.batch(mine, [(e.positives[0], *e.negatives) for e in mine], with_rationale=True)
+                loss = AlignmentObjective(OBJECTIVE, 0.1)(cache.forward(batch, chunks), batch, step=0).total
+                cache.backward(loss, last=number == accumulation - 1)
+                losses.append(float(loss))
+        engine.step()
+        made.append((losses, engine.full_state_dict(only_trained=True)))
+    return made
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_chunks_change_nothing(world_size: int, folders: dict[str, Path]) -> None:
+    """Chunks reduced as often as they are many, or not at all; test_grad_cache.py has the numerics."""
+    cases: list[tuple] = [
+        (("tied", "untied")[(stage + lora) % 2], stage, stage % 2 == 0, lora, 4, False, 1)
+        for stage in range(4)
+        for lora in (False, True)
+    ]
+    cases += [("tied", stage, True, lora, 3, True, 1) for stage in (2, 3) for lora in (False, True)]
+    cases += [("untied", stage, False, False, 3, once, 2) for stage in range(4) for once in (False, stage >= 2)]
+    done = run_distributed(chunked_updates, world_size, folders, cases, timeout=600)[0]
+    for case, (losses, update) in zip(cases, done, strict=True):
+        tying, _, _, lora, _, _, accumulation = case
+        model, text = build(folders[tying], lora=lora, checkpointing=False)
+        each = QUERIES // accumulation
+        parts = [examples()[number * each : (number + 1) * each] for number in range(accumulation)]
+        expected_losses = [loss_of(model, text, part, None) / accumulation for part in parts]
+        sum(expected_losses).backward()
+        if world_size == 1:
+            assert losses == pytest.approx([float(x) * accumulation for x in expected_losses], rel=TOLERANCE)
+        for name, parameter in model.lm.named_parameters():
+            if parameter.requires_grad:
+                expected = parameter.detach() - LEARNING_RATE * parameter.grad
+                assert_close_relative(update[name], expected, CHUNKED, f"{name} in {case}, {world_size} ranks")
+
+
+def replayed_vectors(rank: int, world_size: int, folder: Path, stage: int) -> tuple[bool, bool]:
+    init_distributed()
+    model, text = build(folder, lora=True, checkpointing=True, dropout=0.3)
+    engine = engine_of(model, stage)
+    batch = text.batch(examples(), [(e.positives[0], *e.negatives) for e in examples()], with_rationale=True)
+    seen: list[Tensor] = []
+    model.register_forward_hook(lambda _, __, views: seen.append(views.passage_PD.detach().clone()))
+    torch.manual_seed(7 + rank)
+    cache = GradCache(engine)
+    loss = AlignmentObjective(OBJECTIVE, 0.1)(cache.forward(batch, 3), batch, step=0).total
+    between = torch.rand(1)
+    cache.backward(loss)
+    again = all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:], strict=True))
+    dropped = not torch.equal(torch.cat(seen[:3]), torch.cat([model(batch.select(c)).passage_PD for c in cache.chunks]))
+    torch.manual_seed(7 + rank)
+    cache.forward(batch, 3)
+    return again and dropped, torch.equal(between, torch.rand(1))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_dropout_is_the_same_in_both_passes_of_a_chunk(stage: int, folders: dict[str, Path]) -> None:
+    """With other masks in the second pass the gradient belongs to vectors that the loss has never seen."""
+    assert run_distributed(replayed_vectors, 1 if stage else 2, folders["tied"], stage) == [(True, True)] * (
+        1 if stage else 2
+    )
 
 
 def refused_updates(rank: int, world_size: int, folder: Path) -> list[bool]:

@@ -157,6 +157,23 @@ def test_scalars_are_documented_finite_and_in_tensorboard(finished: Path) -> Non
     assert ramp[:4] == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 
+def test_chunks_by_token_budget_train_alike(setting: Path, finished: Path, tmp_path: Path) -> None:
+    run("train", setting / "recipe.toml", "--output", tmp_path / "run", "--train.chunk-tokens", 200,
+        "--checkpoint.every", 0)  # fmt: skip
+    whole = [row for row in rows(finished) if "loss/total" in row]
+    chunked = [row for row in rows(tmp_path / "run") if "loss/total" in row]
+    assert [row["loss/total"] for row in chunked] == pytest.approx([row["loss/total"] for row in whole], rel=1e-3)
+    assert all(row["train/chunks"] == 1 for row in whole) and all(row["train/chunks"] >= 2 for row in chunked)
+
+
+def test_a_text_longer_than_a_chunk_is_named_before_any_update(setting: Path, tmp_path: Path) -> None:
+    result = run("train", setting / "recipe.toml", "--output", tmp_path / "run", "--train.chunk-tokens", 60,
+                 check=False)  # fmt: skip
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "with its rationale has" in result.stderr and "train.chunk_tokens = 60" in result.stderr, result.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_checkpoints_keep_the_newest_and_the_best(finished: Path) -> None:
     kept = {folder.name for folder in (finished / "checkpoints").glob("step-*")}
     best = (finished / "checkpoints" / "best").read_text().strip()

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from laser_dist.batch import PackedBatch
+from laser_dist.batch import PackedBatch, Passage
+from laser_dist.chunks import chunks_needed
 from laser_dist.config import RunConfig
 from laser_dist.data.streaming.quarantine import Defect
 from laser_dist.data.streaming.sets import TrainingData
 from laser_dist.data.streaming.stream import ExampleStream, draw_passages, plain_errors
 from laser_dist.data.text import TextCounts, TextFormat
+from laser_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class TrainingBatch:
     epoch: float  # passes over the data so far
     counts: dict[str, int]  # see TextCounts, plus queries_reusing_negatives
     defects: tuple[Defect, ...] = ()  # what had to be skipped, see ExampleStream
+    chunks: int = 1  # that this rank needs to keep to train.chunk_tokens
 
 
 class _Packer(IterableDataset):
@@ -42,7 +45,29 @@ class _Packer(IterableDataset):
             packed = self.text.batch(examples, passages, with_rationale=config.objective.needs_rationale)
             reusing = sum(len(example.negatives) < config.data.negatives for example in examples)
             counts = {**asdict(self.text.counts), "queries_reusing_negatives": reusing}
-            yield TrainingBatch(packed, micro.epoch, counts, micro.defects)
+            chunks = _chunks(packed, passages, config.train.chunk_tokens)
+            yield TrainingBatch(packed, micro.epoch, counts, micro.defects, chunks)
+
+
+def _chunks(packed: PackedBatch, passages: list[tuple[Passage, ...]], budget: int) -> int:
+    """Chunks of at most `budget` tokens that the batch needs. UserError names a text that no chunk can hold."""
+    lengths = packed.lengths_R.tolist()
+    if not budget or sum(lengths) <= budget:
+        return 1
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    if lengths[longest] > budget:
+        flat = [passage for group in passages for passage in group]
+        is_query = longest < packed.queries
+        name = (
+            f"query {packed.query_ids[longest]!r} with its rationale"
+            if is_query
+            else f"passage {flat[longest - packed.queries].id!r}"
+        )
+        limit = "text.max_explicit_tokens" if is_query else "text.max_passage_tokens"
+        raise UserError(
+            f"{name} has {lengths[longest]} tokens, more than train.chunk_tokens = {budget}: raise it, or lower {limit}"
+        )
+    return chunks_needed(lengths, budget)
 
 
 def training_batches(
