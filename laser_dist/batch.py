@@ -81,7 +81,7 @@ class PackedBatch:
         kept_T = torch.repeat_interleave(moved_C, lengths_C)
         kept_T += torch.arange(len(kept_T), device=kept_T.device)
         queries_C = rows_C[rows_C < self.queries]
-        segments = {}
+        segments: dict[str, Any] = {}
         if self.segment_ends_BM is not None and self.segments_B is not None and len(queries_C):
             moved_CM = moved_C[: len(queries_C), None]
             segments["segment_ends_BM"] = self.segment_ends_BM[queries_C] - moved_CM

@@ -57,6 +57,8 @@ class ModelConfig:
     """Names of the linear layers that get an adapter."""
     activation_checkpointing: bool = True
     """Recompute each layer in backward; the latent K/V survive it, so the prefix runs once, not K times."""
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    """flash: flash-attn 4, 3 or 2; varlen: torch's own; sdpa: padded, anywhere. auto: the first that can run."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for repositories you trust."""
 

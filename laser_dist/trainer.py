@@ -25,7 +25,7 @@ from laser_dist.distributed.collectives import gather_objects, gather_table, ran
 from laser_dist.distributed.engine import Engine, NonFiniteGradient, init_distributed, launched_world_size
 from laser_dist.distributed.grad_cache import GradCache
 from laser_dist.errors import UserError
-from laser_dist.model.backbone import load_backbone, load_tokenizer, prepare_for_training
+from laser_dist.model.backbone import check_attention, load_backbone, load_tokenizer, prepare_for_training
 from laser_dist.model.retriever import LaserRetriever
 from laser_dist.objective.alignment import AlignmentObjective, LossTerms
 from laser_dist.observability.clock import StepClock
@@ -58,9 +58,15 @@ class Trainer:
         device = init_distributed()
         self.objective = AlignmentObjective(config.objective, config.trajectory_temperature)
         self.kernel = self.objective.kernel_on(device)
+        self.attention = check_attention(config.model, device)
         torch.manual_seed(config.seed)
         lm = prepare_for_training(load_backbone(config.model), config.model)
-        self.retriever = LaserRetriever(lm, steps=config.thinking.steps, convention=config.thinking.convention)
+        self.retriever = LaserRetriever(
+            lm,
+            steps=config.thinking.steps,
+            convention=config.thinking.convention,
+            attention=config.model.attention,
+        )
         self.engine = Engine(
             self.retriever,
             build_optimizer(self.retriever, config.optimizer),
@@ -236,7 +242,7 @@ class Trainer:
         table["data"] = {name: table["data"][name] for name in order} | {"sets": self.data.fingerprint()}
         for name in ("queries_per_rank", "chunk_tokens", "reduce_gradients"):
             del table["train"][name]
-        del table["model"]["activation_checkpointing"]
+        del table["model"]["activation_checkpointing"], table["model"]["attention"]
         del table["objective"]["kernel"], table["objective"]["passages"]
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
@@ -246,7 +252,7 @@ class Trainer:
         kind = f"LoRA rank {model.lora_rank}" if model.lora_rank else "all weights"
         self.progress.say(
             f"{model.name}{kept} · {kind} · {model.dtype} · ZeRO-{self.engine.stage} · {world_size()} ranks · "
-            f"{self.kernel} loss · "
+            f"{self.attention} attention · {self.kernel} loss · "
             f"{self.queries_per_step} queries a step · {self.total_steps} steps"
             + (f" · resuming after step {start}" if start else "")
         )

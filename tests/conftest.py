@@ -15,6 +15,7 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"
+    import laser_kernels.latent_attention_triton
     import laser_kernels.pair_triton  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]

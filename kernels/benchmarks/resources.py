@@ -24,7 +24,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch  # noqa: E402
 import triton  # noqa: E402
 import tyro  # noqa: E402
-from laser_kernels import pair_triton  # noqa: E402
+from laser_kernels import latent_attention_triton, pair_triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -124,15 +124,37 @@ def compile_variant(v: Variant) -> Resources:
             aligned = name in ("stride_passages", "stride_out", "D")
         if aligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
-    constants = {name: options[name] for name in kernel.arg_names if name in options}
+    return _compile(kernel, signature, options, attributes, v.name, f"{t.pairs}x{t.columns}x{t.depth}", t)
+
+
+def compile_latent_attention(direction: str, dtype: torch.dtype, group: int, head_size: int) -> Resources:
+    """As `compile_variant`, for the latent step's attention; `group`: query heads that share keys and values."""
+    kernel: Any = getattr(latent_attention_triton, f"_{direction}_kernel")
+    t = latent_attention_triton.tile(group, 8, head_size)
+    options = {
+        "GROUP": group, "HEAD": head_size, "PRECISION": "ieee" if dtype == torch.float32 else "tf32", "WIDEN": False,
+        "TOKENS": t.tokens, "QUERIES": t.queries, "SOFT": t.soft, "DEPTH": t.depth,
+    }  # fmt: skip
+    kinds = {"scale": "fp32", "G": "i32", "J": "i32", "logsumexp_ptr": "*fp32"}
+    kinds |= dict.fromkeys(("starts_ptr", "lengths_ptr"), "*i64")
+    signature = {
+        name: "constexpr" if name in options else kinds.get(name, f"*{DTYPES[dtype]}") for name in kernel.arg_names
+    }
+    pointers = [position for position, name in enumerate(kernel.arg_names) if name.endswith("_ptr")]
+    attributes = {(position,): [["tt.divisibility", 16]] for position in pointers}
+    name = f"latent attention {direction}, {DTYPES[dtype]}, {group} queries a head of {head_size}"
+    return _compile(kernel, signature, options, attributes, name, f"{t.tokens}x{t.queries}x{t.depth}", t)
+
+
+def _compile(kernel: Any, signature: dict, options: dict, attributes: dict, name: str, size: str, t: Any) -> Resources:
+    constants = {argument: options[argument] for argument in kernel.arg_names if argument in options}
     source = ASTSource(kernel, signature, constants, attrs=attributes)
     launch = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=TARGET, options=launch)
     registers, stack = _assembler_report(compiled.asm["cubin"])
     return Resources(
-        v.name, f"{t.pairs}x{t.columns}x{t.depth}", t.warps, t.stages, registers, stack, compiled.metadata.shared,
-        "wgmma" in compiled.asm["ptx"],
-    )  # fmt: skip
+        name, size, t.warps, t.stages, registers, stack, compiled.metadata.shared, "wgmma" in compiled.asm["ptx"]
+    )
 
 
 def _assembler_report(binary: bytes) -> tuple[int, int]:
@@ -158,6 +180,11 @@ class Settings:
 def main() -> int:
     settings = tyro.cli(Settings, description=__doc__)
     rows = [compile_variant(v) for v in variants()]
+    rows += [
+        compile_latent_attention(direction, dtype, group, head_size)
+        for direction in ("forward", "backward")
+        for dtype, group, head_size in ((torch.bfloat16, 2, 128), (torch.float16, 4, 128), (torch.bfloat16, 8, 64))
+    ]
     for row in rows:
         print(
             f"{row.variant:<80} {row.tile:>10}, {row.warps} warps, {row.registers:>3} registers, "

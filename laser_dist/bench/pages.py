@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def evict(files: list[Path]) -> float | None:
@@ -29,7 +30,7 @@ def cached_share(files: list[Path]) -> float | None:
 
     Reading a page to see whether it is there (`RWF_NOWAIT`) starts readahead: the question would warm the file.
     """
-    mincore = getattr(ctypes.CDLL(None), "mincore", None)
+    mincore: Any = getattr(ctypes.CDLL(None), "mincore", None)
     pages, resident = 0, 0
     for path in files if mincore else ():
         with _opened(path) as descriptor, mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY) as mapped:

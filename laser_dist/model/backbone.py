@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from laser_dist.config import ModelConfig
 from laser_dist.errors import UserError
 from laser_dist.model.attention import NAME as PACKED_ATTENTION
+from laser_dist.model.varlen import choose_attention, head_size
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -22,6 +23,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the backbone. Raises UserError where the folder or hub id cannot be read."""
     return _load(AutoTokenizer, config, "tokenizer")
+
+
+def check_attention(config: ModelConfig, device: torch.device) -> str:
+    """Name of the attention that the backbone will run on `device`, from its config alone, so before weights load.
+
+    Raises UserError if `config.attention` cannot run there.
+    """
+    hf_config = _load(AutoConfig, config, "config")
+    _check_config(hf_config, config)
+    return choose_attention(config.attention, device, DTYPES[config.dtype], head_size(hf_config))[0]
 
 
 def load_backbone(config: ModelConfig) -> nn.Module:

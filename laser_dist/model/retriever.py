@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from laser_dist.batch import PackedBatch, Views
 from laser_dist.errors import UserError
 from laser_dist.model.attention import LatentKV
+from laser_dist.model.padded import PaddedKV
 from laser_dist.model.thinking import SoftToken, aligned_segments
+from laser_dist.model.varlen import PackedKV, choose_attention, head_size, varlen_function
 
 
 class LaserRetriever(nn.Module):
     """A causal LM, plain or with LoRA, as a retriever that thinks K latent steps; ZeRO's root forward."""
 
-    def __init__(self, lm: nn.Module, *, steps: int = 3, convention: str = "official"):
+    def __init__(self, lm: nn.Module, *, steps: int = 3, convention: str = "official", attention: str = "auto"):
+        """`attention`: auto, flash, varlen or sdpa; see `choose_attention`."""
         super().__init__()
+        self.attention = attention
         self.lm = lm
         self.steps = steps
         self.convention = convention
@@ -51,7 +55,7 @@ class LaserRetriever(nn.Module):
 
     def think(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Prefix states (T, D), latent states (R, K, D), mean soft-token entropy (nats)."""
-        store = LatentKV(batch)
+        store = self._store(batch)
         embed = self.base.get_input_embeddings()
         hidden_TD = self._sweep(embed(batch.tokens_T), batch.positions_T, store, 0)
         prompt_end_R = batch.lengths_R.cumsum(0) - batch.lengths_R + batch.prompt_lengths_R - 1
@@ -67,14 +71,23 @@ class LaserRetriever(nn.Module):
         entropy = torch.stack(entropies).mean() if entropies else hidden_TD.new_zeros(())
         return hidden_TD, torch.stack(thoughts, 1), entropy
 
+    def attention_on(self, device: torch.device) -> tuple[str, str]:
+        """(name, why) of the attention that runs there. UserError if what was asked for cannot."""
+        dtype = self.base.get_input_embeddings().weight.dtype
+        return choose_attention(self.attention, device, dtype, head_size(self.base.config))
+
+    def _store(self, batch: PackedBatch) -> LatentKV:
+        name, _ = self.attention_on(batch.tokens_T.device)
+        return PaddedKV(batch) if name == "sdpa" else PackedKV(batch, varlen_function(name))
+
     def _sweep(self, inputs_XD: Tensor, positions_X: Tensor, store: LatentKV, step: int) -> Tensor:
         """One pass through all layers; X is T for the prefix and R for a step."""
         output = self.decoder(
             inputs_embeds=inputs_XD[None], position_ids=positions_X[None], latent=(store, step), use_cache=False
         )
-        if len(store.prefix) != self.base.config.num_hidden_layers:
+        if store.layers != self.base.config.num_hidden_layers:
             raise UserError(
-                f"{type(self.base).__name__}: {len(store.prefix)} of {self.base.config.num_hidden_layers} layers go "
+                f"{type(self.base).__name__}: {store.layers} of {self.base.config.num_hidden_layers} layers go "
                 "through transformers' attention registry, which latent thinking needs of all: use a decoder that "
                 "honours attn_implementation (Qwen3, Llama, Mistral, ...)"
             )
