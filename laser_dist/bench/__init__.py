@@ -7,6 +7,7 @@ from laser_dist.errors import suggest
 
 BENCHMARKS = {
     "step": "laser_dist.bench.step",
+    "chunks": "laser_dist.bench.chunks",
     "loader": "laser_dist.bench.loader",
     "prepare": "laser_dist.bench.prepare",
     "resume": "laser_dist.bench.resume",
@@ -15,6 +16,7 @@ USAGE = """usage: laser-dist bench NAME ...
 
 benchmarks:
   step     One training step, ours and the published one: time, memory, tokens
+  chunks   A large batch in chunks by token budget (GradCache): memory and time
   loader   Reading, tokenising and packing, ours and plain pipelines: examples/s, tokens/s
   prepare  Rows per second and memory of `prepare` and `prepare --check`
   resume   Seconds to the first batch when a run continues at several places of a large set

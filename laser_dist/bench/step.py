@@ -48,6 +48,9 @@ class Settings:
     """B: queries of the micro-batch, each with a positive and a hard negative."""
     data: Path | None = None
     """Folder written by `laser-dist prepare`; unset: the embedded sample."""
+    paper_lengths: float | None = None
+    """Instead of the sample: texts as long as the paper's (query 222, rationale 985, passage 400 tokens on average),
+    times this factor."""
     steps: int = 3
     """K, the number of latent steps."""
     repeats: int = 5
@@ -62,6 +65,10 @@ class Settings:
         for name in ("queries", "steps", "repeats"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} = {getattr(self, name)}: must be at least 1")
+        if self.paper_lengths is not None and not 0 < self.paper_lengths <= 4:
+            raise UserError(f"--paper-lengths = {self.paper_lengths}: must be above 0 and at most 4; 1 is the paper's")
+        if self.paper_lengths is not None and self.data is not None:
+            raise UserError("--paper-lengths makes its own texts: leave out --data")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"--dtype = {self.dtype}: must be float32 or bfloat16")
         if self.out is not None and self.out.is_dir():
@@ -87,6 +94,7 @@ class Outcome:
     peak_gib: float
     layer_tokens: int  # that the first layer sees in one forward, pads included
     head_tokens: int  # that the LM head sees
+    sweeps: int  # forward passes through the layers, each of which ZeRO-3 gathers every parameter for
     packed_tokens: int  # tokens of the examples, each view's prefix once
     environment: dict[str, str]
 
@@ -165,7 +173,7 @@ def measure(settings: Settings, variant: str, expected: tuple[float, float] | No
     loss = forward_backward().item()
     gradients = [p.grad for p in step.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item()
-    layer_tokens, head_tokens = seen()
+    layer_tokens, head_tokens, sweeps = seen()
     if expected is not None:
         _check_agreement(variant, (loss, norm), expected)
     step.to(getattr(torch, settings.dtype))
@@ -184,6 +192,7 @@ def measure(settings: Settings, variant: str, expected: tuple[float, float] | No
         peak_gib=peak_memory_gib(device),
         layer_tokens=layer_tokens,
         head_tokens=head_tokens,
+        sweeps=sweeps,
         packed_tokens=len(batch.tokens_T),
         environment=_environment(device),
     )
@@ -202,6 +211,7 @@ def _check_agreement(variant: str, actual: tuple[float, float], expected: tuple[
 
 def load_batch(settings: Settings) -> Any:
     """The examples that every variant sees, as a PackedBatch on the CPU."""
+    from laser_dist.bench.synthetic import MeanTokens, paper_examples
     from laser_dist.config import ModelConfig, TextConfig
     from laser_dist.data import sample_folder
     from laser_dist.data.schema import decode_example
@@ -209,14 +219,20 @@ def load_batch(settings: Settings) -> Any:
     from laser_dist.data.text import TextFormat
     from laser_dist.model.backbone import load_tokenizer
 
-    if settings.data is None:
+    tokenizer = load_tokenizer(ModelConfig(name=settings.backbone))
+    if settings.paper_lengths is not None:
+        scaled = {name: length * settings.paper_lengths for name, length in asdict(MeanTokens()).items()}
+        items = list(enumerate(paper_examples(settings.queries, 1, tokenizer, MeanTokens(**scaled))))
+    elif settings.data is None:
         path = sample_folder() / "train.jsonl"
-        lines = path.read_bytes().splitlines()[: settings.queries]
-        items = [(i, decode_example(line, f"{path}:{i + 1}")) for i, line in enumerate(lines)]
+        lines = path.read_bytes().splitlines()
+        # Where there are too few, from the start again: time and memory do not mind.
+        rows = [decode_example(lines[i % len(lines)], f"{path}:{i + 1}") for i in range(settings.queries)]
+        items = list(enumerate(rows))
     else:
         stream = ExampleStream(settings.data, seed=0, queries_per_rank=settings.queries, total_batches=1)
         items = next(iter(stream)).items
-    text = TextFormat(load_tokenizer(ModelConfig(name=settings.backbone)), TextConfig(), steps=settings.steps)
+    text = TextFormat(tokenizer, TextConfig(), steps=settings.steps)
     passages = [draw_passages(example, 1, (0, position)) for position, example in items]
     return text.batch([example for _, example in items], passages, with_rationale=True)
 
@@ -244,14 +260,15 @@ def build(settings: Settings, variant: str) -> tuple[Any, Any]:
 
 
 def _count_tokens(step: Any) -> Any:
-    """Counts what the first layer and the LM head see from now until the function it returns is called."""
-    counts = [0, 0]
+    """Counts tokens that the first layer and the LM head see, and passes, until the function it returns is called."""
+    counts = [0, 0, 0]
     layer, head = step.lm.get_decoder().layers[0], step.lm.get_output_embeddings()
 
     def counter(which: int) -> Any:
         def count(_: Any, arguments: tuple, keywords: dict) -> None:
             hidden = arguments[0] if arguments else keywords["hidden_states"]
             counts[which] += hidden.shape[:-1].numel()
+            counts[2] += which == 0
 
         return count
 
@@ -295,6 +312,7 @@ def summarise(settings: Settings, outcomes: dict[str, list[Outcome]]) -> dict[st
             "peak_gib": max(outcome.peak_gib for outcome in found),
             "layer_tokens": found[0].layer_tokens,
             "head_tokens": found[0].head_tokens,
+            "sweeps": found[0].sweeps,
             "loss": found[0].loss,
             "gradient_norm": found[0].gradient_norm,
         }
@@ -315,11 +333,12 @@ def _print(result: dict[str, Any]) -> None:
 
     settings = result["settings"]
     table = Table(title="One training step, forward and backward, on the same examples", caption_justify="left")
-    for heading in ("step", "p20 s", "p50 s", "p80 s", "time / ours", "peak GiB", "layer tokens", "LM-head tokens"):
+    times_and_memory = ("step", "p20 s", "p50 s", "p80 s", "time / ours", "peak GiB")
+    for heading in (*times_and_memory, "sweeps", "layer tokens", "LM-head tokens"):
         table.add_column(heading, justify="left" if heading == "step" else "right")
     for name, row in result["variants"].items():
         times = [f"{row[key]:.3f}" for key in ("p20_s", "p50_s", "p80_s")]
-        tokens = [f"{row[key]:,}" for key in ("layer_tokens", "head_tokens")]
+        tokens = [f"{row[key]:,}" for key in ("sweeps", "layer_tokens", "head_tokens")]
         table.add_row(name, *times, f"{row['ratio']:.2f}", f"{row['peak_gib']:.2f}", *tokens)
     table.caption = (
         f"{result['date']} · {result['device']}, {result['threads']} threads · torch {result['torch']} · "
@@ -327,6 +346,6 @@ def _print(result: dict[str, Any]) -> None:
         f"{settings['model'] or CACHED_BACKBONE}, layers {settings['layers'] or 'all'} · {settings['dtype']} · "
         f"B {settings['queries']} · K {settings['steps']} · {result['packed_tokens']:,} packed tokens, no pads\n"
         f"losses agree to {LOSS_TOLERANCE:g} and gradient norms to {GRADIENT_TOLERANCE:g}, in float32; "
-        "layer and LM-head tokens: forward, pads included"
+        "sweeps over all parameters, layer and LM-head tokens: forward, pads included"
     )
     Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -32,6 +32,7 @@ def test_compares_steps_that_agree(folder, tmp_path, capsys):
     variants = result["variants"]
     assert list(variants) == list(step.VARIANTS) and all(name in told for name in variants)
     assert torch.__version__ in told and result["settings"]["queries"] == "2"
+    assert [row["sweeps"] for row in variants.values()] == [3, 2 * 3 + 1, 3, 2 * 3 + 1]
     for name, row in variants.items():
         assert 0 < row["p20_s"] == row["p50_s"] == row["p80_s"] and row["peak_gib"] > 0
         assert row["loss"] == pytest.approx(variants["ours"]["loss"], rel=step.LOSS_TOLERANCE)
