@@ -1,6 +1,7 @@
 """Latent thinking: soft tokens, and which rationale segment each latent step is aligned with."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laser_dist.errors import UserError
@@ -33,7 +34,11 @@ class SoftToken(nn.Module):
         log_p_RV = torch.log_softmax(logits_RV.to(precise), -1)
         p_RV = log_p_RV.exp()
         entropy = -(p_RV.detach() * log_p_RV.detach()).sum(-1).mean()
-        return p_RV.to(self.embedding.weight.dtype) @ self.embedding.weight, entropy
+        weight_VD, rows = self.embedding.weight, len(p_RV)
+        # Fewer rows than 4 would go another way through a CPU's BLAS, which sums the vocabulary ten times less exactly:
+        # a text alone would then be 1e-4 off its vector in a batch.
+        p_RV = F.pad(p_RV, (0, 0, 0, max(0, 4 - rows))).to(weight_VD.dtype)
+        return (p_RV @ weight_VD)[:rows], entropy
 
 
 def aligned_segments(segments_B: Tensor, steps: int, convention: str) -> Tensor:

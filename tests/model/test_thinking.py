@@ -88,3 +88,17 @@ def test_embedding_is_named_for_zero_and_not_owned():
     embedding = nn.Embedding(5, 2)
     soft_token = SoftToken(embedding)
     assert soft_token.external_parameters() == [embedding.weight] and not list(soft_token.parameters())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+def test_few_rows_are_as_exact_as_many(rows):
+    """One row went through BLAS's matrix-vector product, 1e-5 off over a vocabulary of 49,152."""
+    torch.manual_seed(0)
+    embedding = nn.Embedding(49152, 64)
+    logits = 2 * torch.randn(rows, 49152, requires_grad=True)
+    soft, _ = SoftToken(embedding)(logits)
+    exact = torch.softmax(logits.double(), -1) @ embedding.weight.double()
+    assert_close_relative(soft, exact, 2e-6, "soft token")
+    gradient, expected = (torch.autograd.grad(x.square().sum(), logits)[0] for x in (soft, exact.float()))
+    assert gradient.shape == (rows, 49152)
+    assert_close_relative(gradient, expected, 1e-4, "gradient")
