@@ -19,8 +19,11 @@ COMMANDS = {
         "Show examples as the trainer sees them, and what is odd",
     ),
     "train": ("laser_dist.train", "Train a retriever from a TOML recipe"),
-    "evaluate": ("laser_dist.retrieval.evaluate", "Measure nDCG, recall and MRR on a corpus, queries and qrels"),
+    "search": ("laser_dist.retrieval.search.search", "Find the best passages of queries in an encoded corpus"),
+    "evaluate": ("laser_dist.retrieval.evaluation.command", "Measure nDCG, recall and MRR on files or benchmark tasks"),
+    "compare": ("laser_dist.retrieval.evaluation.compare", "Tell whether result files differ by more than chance"),
     "encode": ("laser_dist.retrieval.encode", "Encode a corpus into a memory-mapped folder of vectors"),
+    "explain": ("laser_dist.retrieval.explaining.explain", "Show what a query's soft tokens say, and what they find"),
     "export": ("laser_dist.retrieval.export", "Turn a checkpoint into a plain model folder"),
     "bench": ("laser_dist.bench", "Measure a training step against the published one"),
 }

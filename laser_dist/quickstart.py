@@ -143,7 +143,7 @@ def _evaluated(config: RunConfig, file: Path, *, trained: bool) -> dict[str, Any
     from laser_dist.retrieval.bm25 import bm25_run
     from laser_dist.retrieval.collection import read_collection
     from laser_dist.retrieval.encoder import LaserEncoder
-    from laser_dist.retrieval.evaluate import evaluate
+    from laser_dist.retrieval.evaluation.evaluate import evaluate
     from laser_dist.retrieval.metrics import evaluate_run
     from laser_dist.run_folder import latest_checkpoint
 

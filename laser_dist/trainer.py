@@ -36,7 +36,7 @@ from laser_dist.optim import build_optimizer, learning_rate
 from laser_dist.retrieval.card import RetrieverCard
 from laser_dist.retrieval.collection import Corpus, Qrels, Queries, read_collection
 from laser_dist.retrieval.encoder import LaserEncoder
-from laser_dist.retrieval.evaluate import evaluate
+from laser_dist.retrieval.evaluation.evaluate import evaluate
 from laser_dist.retrieval.metrics import METRICS
 from laser_dist.run_folder import checkpoints_of
 

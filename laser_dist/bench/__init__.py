@@ -11,6 +11,9 @@ BENCHMARKS = {
     "loader": "laser_dist.bench.loader",
     "prepare": "laser_dist.bench.prepare",
     "resume": "laser_dist.bench.resume",
+    "encode": "laser_dist.bench.encode",
+    "corpus": "laser_dist.bench.corpus",
+    "latency": "laser_dist.bench.latency",
 }
 USAGE = """usage: laser-dist bench NAME ...
 
@@ -20,11 +23,15 @@ benchmarks:
   loader   Reading, tokenising and packing, ours and plain pipelines: examples/s, tokens/s
   prepare  Rows per second and memory of `prepare` and `prepare --check`
   resume   Seconds to the first batch when a run continues at several places of a large set
+  encode   Texts per second of LaserEncoder and of sentence-transformers, on mixed lengths
+  corpus   `encode` and exact search of a large corpus, killed and continued: bytes, memory, time
+  latency  Encoding with K latent steps, one encoder pass, and rewriting before encoding: time, ratios
 
 example:
   laser-dist bench step --model Qwen/Qwen3-0.6B --queries 8 --out step.json
   laser-dist bench loader --paper-lengths --out loader.json
   laser-dist bench prepare --rows 1000000 --workers 2
+  laser-dist bench latency --random-weights qwen3-0.6b --dtype bfloat16 --device cuda --out latency.json
 """
 
 

@@ -10,7 +10,7 @@ import torch
 
 from laser_dist.retrieval.collection import Corpus, Queries
 from laser_dist.retrieval.metrics import Run
-from laser_dist.retrieval.search import top_k
+from laser_dist.retrieval.search.exact import top_k
 
 
 class Bm25Index:

@@ -1,6 +1,7 @@
 """`laser_dist.json`: what a model folder must say about itself so that serving equals training."""
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,12 +38,16 @@ class RetrieverCard:
         )
 
     def save(self, folder: Path) -> None:
-        data = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        """Write the card; where the folder has a tokenizer already, with the hash that `load` compares."""
+        data = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self), "tokenizer": _tokenizer_hash(folder)}
         (folder / FILE).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "RetrieverCard":
-        """The folder's card; the published defaults where it has none (released checkpoints). UserError if broken."""
+        """The folder's card; the published defaults where it has none (released checkpoints).
+
+        Raises UserError for a broken card, and for a tokenizer that is not the one the card was saved with.
+        """
         path = folder / FILE
         if not path.is_file():
             return cls()
@@ -50,8 +55,24 @@ class RetrieverCard:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("format_version") != FORMAT_VERSION:
                 raise UserError(f"another format version than {FORMAT_VERSION}; update laser_dist")
+            if (saved := data.pop("tokenizer", None)) is not None and saved != _tokenizer_hash(folder):
+                raise UserError(
+                    "tokenizer.json beside it is not the tokenizer that this model was saved with: copy the folder's "
+                    "tokenizer files again from where the weights came from"
+                )
             return cls(thinking=ThinkingConfig(**data.pop("thinking")), text=TextConfig(**data.pop("text")), **data)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is broken ({error}); copy it again from the checkpoint or export") from error
+
+
+def _tokenizer_hash(folder: Path) -> str | None:
+    """SHA-256 of what maps text to ids in tokenizer.json, however the file is laid out; None where there is none."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = stored["model"].get("vocab", {})
+    added = sorted((token["id"], token["content"]) for token in stored.get("added_tokens", []))
+    return hashlib.sha256(json.dumps([vocabulary, added], sort_keys=True).encode()).hexdigest()

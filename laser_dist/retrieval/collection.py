@@ -49,10 +49,15 @@ def iter_passages(path: str | Path) -> Iterator[tuple[str, str, str]]:
     Raises UserError at the first defect, and at the end if there was no passage at all.
     """
     for where, row, passage_id in _rows(path):
-        text, title = _text(where, row, "text") or "", _text(where, row, "title") or ""
-        if not (text.strip() or title.strip()):
-            raise UserError(f"{where}: text is missing or empty: give a text (or a title), or remove the line")
-        yield (passage_id, text, title) if text.strip() else (passage_id, title, "")
+        yield passage_id, *passage_of(where, row)
+
+
+def passage_of(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
+    """(text, title) of one row. Raises UserError, which says `where`."""
+    text, title = _text(where, row, "text") or "", _text(where, row, "title") or ""
+    if not (text.strip() or title.strip()):
+        raise UserError(f"{where}: text is missing or empty: give a text (or a title), or remove the line")
+    return (text, title) if text.strip() else (title, "")
 
 
 def read_corpus(path: str | Path) -> Corpus:
@@ -65,14 +70,20 @@ def read_queries(path: str | Path) -> Queries:
     """A queries.jsonl: `{"id" or "_id", "text", "instruction"?, "rationale"?}` per line. Raises UserError."""
     queries = Queries([], [], [], [])
     for where, row, query_id in _rows(path):
-        text = _text(where, row, "text")
-        if not (text and text.strip()):
-            raise UserError(f"{where}: text is missing or empty: give the query's text, or remove the line")
+        text, instruction = query_of(where, row)
         queries.ids.append(query_id)
         queries.texts.append(text)
-        queries.instructions.append(_text(where, row, "instruction"))
+        queries.instructions.append(instruction)
         queries.rationales.append(_text(where, row, "rationale"))
     return queries
+
+
+def query_of(where: str, row: Mapping[str, Any]) -> tuple[str, str | None]:
+    """(text, instruction) of one row. Raises UserError, which says `where`."""
+    text = _text(where, row, "text")
+    if not (text and text.strip()):
+        raise UserError(f"{where}: text is missing or empty: give the query's text, or remove the line")
+    return text, _text(where, row, "instruction")
 
 
 def read_qrels(path: str | Path) -> Qrels:
@@ -120,6 +131,28 @@ def read_collection(corpus: str | Path, queries: str | Path, qrels: str | Path) 
     return loaded_corpus, loaded_queries, loaded_qrels
 
 
+def collection_files(folder: str | Path, split: str = "test") -> tuple[Path, Path, Path]:
+    """Corpus, queries and qrels of a folder in BEIR's layout: (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv).
+
+    SPLIT_queries.jsonl and SPLIT_qrels.tsv are taken where they exist, and, for the split test, qrels.tsv. Raises
+    UserError that says what is missing, and which splits there are.
+    """
+    folder = Path(folder)
+    corpus = folder / "corpus.jsonl"
+    queries = _first_file(folder / f"{split}_queries.jsonl", folder / "queries.jsonl")
+    names = [f"qrels/{split}.tsv", f"{split}_qrels.tsv"] + ["qrels.tsv"] * (split == "test")
+    qrels = _first_file(*(folder / name for name in names))
+    if not corpus.is_file() or queries is None:
+        raise UserError(f"{folder}: holds no corpus.jsonl and queries.jsonl: give a folder in BEIR's layout")
+    if qrels is None:
+        found = {path.stem for path in folder.glob("qrels/*.tsv")}
+        found |= {path.stem.removesuffix("_qrels") for path in folder.glob("*_qrels.tsv")}
+        found |= {"test"} if (folder / "qrels.tsv").is_file() else set()
+        known = f"; --split can be {', '.join(sorted(found))}" if found else ""
+        raise UserError(f"{folder}: no judgements of the split {split!r} ({' or '.join(names)}){known}")
+    return corpus, queries, qrels
+
+
 def keep_judged(queries: Queries, qrels: Mapping[str, Mapping[str, int]]) -> tuple[Queries, Qrels]:
     """Only the queries with at least one relevant passage, and their judgements; the others cannot score above 0.
 
@@ -133,16 +166,16 @@ def keep_judged(queries: Queries, qrels: Mapping[str, Mapping[str, int]]) -> tup
     return selected, {query: dict(qrels[query]) for query in selected.ids}
 
 
+def _first_file(*paths: Path) -> Path | None:
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """("file:line", text) of every line that is not blank."""
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{path}:{number}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
-                if line.strip():
+                if line := decode_line(f"{path}:{number}", raw, first=number == 1):
                     yield f"{path}:{number}", line
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): check the path") from None
@@ -152,17 +185,7 @@ def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any], str]]:
     """("file:line", row, id) of every line of a JSONL file; ids are unique and there is at least one."""
     seen: set[str] = set()
     for where, line in _lines(Path(path)):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not valid JSON ({error}): write one JSON object per line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a JSON {type(row).__name__}: write one JSON object per line")
-        row_id = row.get("id", row.get("_id"))
-        # Numbers are taken as the text that the qrels hold; true and false are numbers in Python, but no ids.
-        row_id = str(row_id) if type(row_id) is int else row_id
-        if not isinstance(row_id, str) or not row_id.strip():
-            raise UserError(f'{where}: id is missing, empty or not text: give every line a unique "id"')
+        row, row_id = parse_row(where, line)
         if row_id in seen:
             raise UserError(f"{where}: id {row_id!r} was used on an earlier line: ids must be unique")
         seen.add(row_id)
@@ -171,7 +194,32 @@ def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any], str]]:
         raise UserError(f'{path}: the file is empty: write one object with "id" and "text" per line')
 
 
-def _text(where: str, row: dict[str, Any], field: str) -> str | None:
+def decode_line(where: str, raw: bytes, *, first: bool) -> str:
+    """A line of a text file without its end, "" if it is blank; the `first` may begin with a byte order mark."""
+    try:
+        line = raw.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
+    return line if line.strip() else ""
+
+
+def parse_row(where: str, line: str) -> tuple[dict[str, Any], str]:
+    """A line of JSONL as (row, id). Raises UserError, which says `where`."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error}): write one JSON object per line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a JSON {type(row).__name__}: write one JSON object per line")
+    row_id = row.get("id", row.get("_id"))
+    # Numbers are taken as the text that the qrels hold; true and false are numbers in Python, but no ids.
+    row_id = str(row_id) if type(row_id) is int else row_id
+    if not isinstance(row_id, str) or not row_id.strip():
+        raise UserError(f'{where}: id is missing, empty or not text: give every line a unique "id"')
+    return row, row_id
+
+
+def _text(where: str, row: Mapping[str, Any], field: str) -> str | None:
     value = row.get(field)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{where}: {field} is a {type(value).__name__}: write it as text")

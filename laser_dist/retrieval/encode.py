@@ -1,39 +1,42 @@
-"""`laser-dist encode`: a corpus as a folder of vectors that can be memory-mapped.
+"""`laser-dist encode`: a corpus, or queries, as a folder of vectors that can be memory-mapped; on one process or many.
 
-The folder: vectors.npy (row i belongs to id i), ids.json, and manifest.json, written last: a folder without it is not
-finished. Work in progress is vectors.partial.npy, to which chunks are appended, and progress.json, which says what is
-being made and how many rows are safely on disk; the same command continues there.
+1. The file is checked line by line and indexed once (see `rows`), by rank 0.
+2. Its rows are cut into chunks, always alike. Rank r of W encodes chunks r, r + W, ... that are not yet on disk, and
+   puts each in its place in one file (see `vectors`). So any number of ranks gives the same bytes, also after a kill.
+3. Rank 0 waits for the others and gives the files their names.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from laser_dist.errors import UserError
-from laser_dist.files import write_json
-from laser_dist.retrieval.collection import iter_passages
+from laser_dist.retrieval.rows import RowIndex, What, index_rows
+from laser_dist.retrieval.vectors import FORMAT, INDEX, Unfinished, discard, refuse_finished, refuse_foreign
 
 if TYPE_CHECKING:
     from laser_dist.retrieval.encoder import LaserEncoder
 
-FORMAT = 1
-_VECTORS, _PARTIAL, _IDS = "vectors.npy", "vectors.partial.npy", "ids.json"
-_MANIFEST, _PROGRESS = "manifest.json", "progress.json"
+T = TypeVar("T")
+CHUNK = 4096
 
-HELP = """Encode a corpus into a folder: vectors.npy (memory-mappable), ids.json and manifest.json.
+HELP = """Encode a corpus into a folder: vectors.npy (memory-mappable), ids.jsonl and manifest.json.
 
-An interrupted run continues where it stopped when the same command is given again.
+An interrupted run continues where it stopped when the same command is given again, on any number of processes.
 
 Examples:
   laser-dist encode --model mine --corpus corpus.jsonl --out vectors
-  laser-dist encode --model mine --corpus corpus.jsonl --out vectors --dtype float16 --chunk 50000
+  laser-dist encode --model mine --corpus corpus.jsonl --out vectors --dtype float16 --dim 256
+  laser-dist encode --model mine --corpus queries.jsonl --what queries --out query-vectors
+  torchrun --nproc-per-node 8 -m laser_dist.retrieval.encode --model mine --corpus corpus.jsonl --out vectors
 """
 
 
@@ -42,60 +45,48 @@ def encode_corpus(
     corpus: str | Path,
     out: str | Path,
     *,
+    what: What = "passages",
     dtype: str = "float32",
-    chunk: int = 10000,
+    chunk: int = CHUNK,
     weights: str | None = None,
 ) -> Path:
-    """Encode the passages of a corpus.jsonl into the folder `out`, [n, D] unit rows of `dtype`; returns the folder.
+    """Encode the rows of a corpus.jsonl (or queries.jsonl) into the folder `out`, [n, D] of `dtype`; returns it.
 
-    At most `chunk` passages are in memory; within a chunk the encoder batches by length. Chunks that an interrupted
-    call finished are kept, if model, corpus, dtype and chunk are still the same. `weights` is a fingerprint (see
-    `weights_hash`) that tells models apart whose descriptions are equal. Raises UserError for defects of the
-    corpus, for a finished folder, and for one with work in progress on something else.
+    In a process group all ranks must call it alike. At most `chunk` texts are in memory per process; within a chunk
+    the encoder batches by length. Chunks that an interrupted call finished are kept, if model, corpus, dtype and chunk
+    are still the same. `weights` is a fingerprint (see `weights_hash`) that tells models apart whose descriptions are
+    equal. Raises UserError for defects of the corpus, for a finished folder, and for one with work on something else.
     """
     corpus, out = Path(corpus), Path(out)
-    _refuse_finished(out)
-    ids, corpus_hash = _check_corpus(corpus)
-    identity = {
-        "format": FORMAT,
-        "passages": len(ids),
-        "dim": int(encoder.dim),
-        "dtype": np.dtype(dtype).name,
-        "chunk": chunk,
-        # Through JSON and back, so that it equals what a later call reads from disk.
-        "encoder": json.loads(json.dumps(encoder.description())),
-        "weights": weights,
-        "corpus": {"file": corpus.name, "sha256": corpus_hash},
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    _write_vectors(encoder, corpus, out, identity)
-    write_json(out / _IDS, ids)
-    (out / _PARTIAL).replace(out / _VECTORS)
-    write_json(out / _MANIFEST, identity)
-    (out / _PROGRESS).unlink()
+
+    def prepare() -> tuple[RowIndex, Unfinished]:
+        refuse_finished(out)
+        index = index_rows(corpus, out / INDEX, what)
+        identity = {
+            "format": FORMAT,
+            "what": what,
+            "rows": index.rows,
+            "dim": int(encoder.dim),
+            "dtype": np.dtype(dtype).name,
+            "chunk": chunk,
+            # Through JSON and back, so that it equals what a later call reads from disk.
+            "encoder": json.loads(json.dumps(encoder.description())),
+            "weights": weights,
+            "corpus": {"file": corpus.name, "sha256": index.sha256},
+        }
+        vectors = Unfinished(out, identity)
+        vectors.start()
+        return index, vectors
+
+    def finish() -> None:
+        index.check_unchanged(corpus)
+        vectors.finish()
+
+    index, vectors = _on_first_rank(prepare)
+    _encode_chunks(encoder, corpus, index, vectors)
+    _barrier()
+    _on_first_rank(finish)
     return out
-
-
-def load_vectors(folder: str | Path) -> tuple[list[str], np.memmap]:
-    """A finished folder as (ids, vectors [n, D] memory-mapped read-only); row i belongs to ids[i].
-
-    Raises UserError if the folder is missing, unfinished, or its files do not agree with its manifest.
-    """
-    folder = Path(folder)
-    if not (folder / _MANIFEST).is_file():
-        state = "is not finished: give the same `laser-dist encode` command again to continue"
-        raise UserError(f"{folder} {state if (folder / _PROGRESS).is_file() else 'is no folder of vectors'}")
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        ids = json.loads((folder / _IDS).read_text(encoding="utf-8"))
-        vectors = np.load(folder / _VECTORS, mmap_mode="r", allow_pickle=False)
-        expected = (manifest["format"], manifest["passages"], manifest["dim"], manifest["dtype"])
-        found = (FORMAT, len(ids), vectors.shape[1], vectors.dtype.name)
-        if found != expected or len(vectors) != len(ids):
-            raise ValueError(f"manifest says (format, passages, dim, dtype) = {expected}, files say {found}")
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{folder} is damaged ({error}): encode again with --overwrite") from None
-    return ids, vectors
 
 
 def weights_hash(model: str | Path) -> str | None:
@@ -111,30 +102,9 @@ def weights_hash(model: str | Path) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def discard(out: str | Path) -> None:
-    """Delete vectors, finished or in progress, from the folder; other files in it stay."""
-    # The manifest first: what is left after an interruption must not look finished.
-    for name in (_MANIFEST, _PROGRESS, _PARTIAL, _VECTORS, _IDS):
-        (Path(out) / name).unlink(missing_ok=True)
-
-
-def _refuse_finished(out: Path) -> None:
-    if (out / _MANIFEST).is_file():
-        raise UserError(
-            f"{out} already holds finished vectors: choose another folder, or replace them with --overwrite"
-        )
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: choose another folder")
-
-
-def _check_corpus(corpus: Path) -> tuple[list[str], str]:
-    """All ids and the file's SHA-256, after checking every line, so that no defect shows up hours later."""
-    ids = [passage_id for passage_id, _, _ in iter_passages(corpus)]
-    with corpus.open("rb") as file:
-        return ids, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_vectors(encoder: "LaserEncoder", corpus: Path, out: Path, identity: dict[str, Any]) -> None:
+def _encode_chunks(encoder: "LaserEncoder", corpus: Path, index: RowIndex, vectors: Unfinished) -> None:
+    """This rank's share. Rank 0 shows how far all of them are, and how long it will take."""
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -144,69 +114,78 @@ def _write_vectors(encoder: "LaserEncoder", corpus: Path, out: Path, identity: d
         TimeRemainingColumn,
     )
 
-    total, chunk = identity["passages"], identity["chunk"]
-    row_bytes = identity["dim"] * np.dtype(identity["dtype"]).itemsize
-    done = _rows_done(out, identity)
+    from laser_dist.distributed.collectives import rank, world_size
+
     columns = (TextColumn("encode"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    # Appending, not writing through a memory map: a full disk is then an error message and not a crash (SIGBUS).
-    with (out / _PARTIAL).open("r+b" if done else "w+b") as file, Progress(*columns, console=_stderr()) as bar:
-        kept = _write_header(file, identity) + done * row_bytes
-        if file.seek(0, os.SEEK_END) < kept:
-            raise UserError(f"{out / _PARTIAL} is shorter than {_PROGRESS} says: start anew with --overwrite")
-        file.truncate(kept)
-        file.seek(kept)
-        task = bar.add_task("encode", total=total, completed=done)
-        for passages in _chunks(corpus, chunk, skip=done):
-            _, texts, titles = map(list, zip(*passages, strict=True))
-            vectors = encoder.encode_passages(texts, titles=titles).astype(identity["dtype"], copy=False)
-            if vectors.shape != (len(passages), identity["dim"]) or not np.isfinite(vectors).all():
-                raise ValueError(f"the encoder gave {vectors.shape} or values that are not finite, after row {done}")
-            file.write(vectors.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-            done += len(passages)
-            write_json(out / _PROGRESS, {**identity, "done": done})
-            bar.update(task, completed=done)
-    if done != total:
-        raise UserError(f"{corpus} changed while it was encoded: encode again with --overwrite")
+    # The default looks back 30 seconds, in which a large model may not finish a chunk.
+    bar = Progress(*columns, console=Console(stderr=True), disable=rank() != 0, speed_estimate_period=600)
+    done = vectors.done()
+    with bar:
+        task = bar.add_task("encode", total=index.rows, completed=_rows(vectors, done))
+        for chunk in range(rank(), vectors.chunks, world_size()):
+            if done[chunk]:
+                continue
+            first, last = vectors.rows_of(chunk)
+            rows = index.read(corpus, vectors.folder / INDEX, first, last)
+            try:
+                vectors.write(chunk, _encode(encoder, index.what, rows))
+            except UserError as error:
+                raise UserError(f"{corpus}, rows {first + 1} to {last}: {error}") from error
+            bar.update(task, completed=_rows(vectors, vectors.done()))
 
 
-def _rows_done(out: Path, identity: dict[str, Any]) -> int:
-    """Rows that an interrupted call left safely on disk; 0 starts anew. Raises UserError for work on something else."""
-    progress = out / _PROGRESS
-    if not progress.is_file():
-        return 0
-    before = json.loads(progress.read_text(encoding="utf-8"))
-    if differing := [key for key, value in identity.items() if before.get(key) != value]:
-        raise UserError(
-            f"{out} holds unfinished vectors made with another {', '.join(differing)}: repeat that command, "
-            "choose another folder, or start anew with --overwrite"
-        )
-    if (out / _VECTORS).is_file():
-        # Interrupted after the last chunk, before the manifest.
-        (out / _VECTORS).replace(out / _PARTIAL)
-    return before["done"] if (out / _PARTIAL).is_file() else 0
+def _encode(encoder: "LaserEncoder", what: What, rows: list[tuple[str, str | None]]) -> np.ndarray:
+    texts = [text for text, _ in rows]
+    if what == "queries":
+        return encoder.encode_queries(texts, instructions=[instruction for _, instruction in rows])
+    return encoder.encode_passages(texts, titles=[title or "" for _, title in rows])
 
 
-def _write_header(file: Any, identity: dict[str, Any]) -> int:
-    """Write the .npy header of the whole array at the start of the file; returns its length in bytes."""
-    descr = np.lib.format.dtype_to_descr(np.dtype(identity["dtype"]))
-    shape = (identity["passages"], identity["dim"])
-    file.seek(0)
-    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
-    return file.tell()
+def _rows(vectors: Unfinished, done: np.ndarray) -> int:
+    return sum(last - first for first, last in map(vectors.rows_of, np.flatnonzero(done).tolist()))
 
 
-def _chunks(corpus: Path, size: int, skip: int) -> Iterator[list[tuple[str, str, str]]]:
-    passages = islice(iter_passages(corpus), skip, None)
-    while chunk := list(islice(passages, size)):
-        yield chunk
+def _on_first_rank(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, on every rank. Its UserError ends all ranks, and rank 0 tells it."""
+    from laser_dist.distributed.collectives import gather_objects, rank
+
+    result: Any = None
+    error: UserError | None = None
+    if rank() == 0:
+        try:
+            result = action()
+        except UserError as raised:
+            error = raised
+    result, failed = gather_objects((result, error is not None))[0]
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(2)
+    return result
 
 
-def _stderr() -> Any:
-    from rich.console import Console
+def _barrier() -> None:
+    from laser_dist.distributed.collectives import barrier
 
-    return Console(stderr=True)
+    barrier()
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """A process group of what torchrun or deepspeed has started; nothing for a process on its own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    # On CPUs: nothing but plans and barriers goes over it. A rank may wait for the slowest for long.
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,17 +195,25 @@ class Arguments:
     model: str
     """Folder of the model: an export, a checkpoint, or a run (its newest checkpoint)."""
     corpus: Path
-    """corpus.jsonl: id, text and optionally title per line."""
+    """corpus.jsonl: id, text and optionally title per line; with --what queries: id, text, optionally instruction."""
     out: Path
-    """Folder to write."""
+    """Folder to write; for several machines, on a disk that all share."""
+    what: What = "passages"
+    """Queries are encoded otherwise than passages: with an instruction."""
     dtype: Literal["float32", "float16"] = "float32"
     """Precision of the stored vectors."""
-    chunk: int = 10000
-    """Passages in memory at a time, and between two points to continue from."""
+    dim: int | None = None
+    """Keep only the first components of each vector, renormalised; unset: all."""
     steps: int | None = None
     """Latent steps; unset: as many as in training."""
+    model_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the model; unset: float32 on a CPU, bfloat16 on a GPU."""
     device: str | None = None
-    """cpu, cuda, cuda:1, ...; unset: a GPU if there is one."""
+    """cpu, cuda, cuda:1, ...; unset: a GPU if there is one, each rank its own."""
+    batch_tokens: int = 4096
+    """Tokens per forward pass; a GPU wants more, 32768 say."""
+    chunk: int = CHUNK
+    """Texts in memory at a time, and between two points to continue from."""
     overwrite: bool = False
     """Replace the vectors that the folder holds."""
 
@@ -235,20 +222,50 @@ def main(argv: list[str]) -> int:
     """Run the command; returns the exit code. Raises UserError for wrong input, before the model is loaded."""
     import tyro
 
+    # The launcher's own argument; the environment says the same.
+    argv = [argument for argument in argv if not argument.startswith("--local_rank")]
     args = tyro.cli(Arguments, args=argv, prog="laser-dist encode", description=HELP)
-    if args.chunk < 1:
-        raise UserError(f"--chunk {args.chunk}: must be at least 1")
-    if not args.overwrite:
-        _refuse_finished(args.out)
-    _check_corpus(args.corpus)
+    for name in ("chunk", "batch_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    (refuse_foreign if args.overwrite else refuse_finished)(args.out)
+    with _process_group():
+        return _run(args)
 
-    from laser_dist.retrieval.encoder import LaserEncoder, model_folder
 
-    # Once: a run's newest checkpoint may be another one a moment later.
-    model = model_folder(args.model)
-    encoder = LaserEncoder.from_pretrained(model, steps=args.steps, device=args.device)
+def _run(args: Arguments) -> int:
+    def prepare() -> tuple[str, str | None]:
+        index_rows(args.corpus, args.out / INDEX, args.what)
+        from laser_dist.retrieval.loading import model_folder
+
+        # Once: a run's newest checkpoint may be another one a moment later.
+        model = model_folder(args.model)
+        return model, weights_hash(model)
+
+    model, weights = _on_first_rank(prepare)
+    encoder = _load(args, model)
     if args.overwrite:
-        discard(args.out)
-    encode_corpus(encoder, args.corpus, args.out, dtype=args.dtype, chunk=args.chunk, weights=weights_hash(model))
-    print(f"vectors in {args.out}")
+        _on_first_rank(lambda: discard(args.out, index=False))
+    encode_corpus(encoder, args.corpus, args.out, what=args.what, dtype=args.dtype, chunk=args.chunk, weights=weights)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"vectors in {args.out}")
     return 0
+
+
+def _load(args: Arguments, model: str) -> "LaserEncoder":
+    import torch
+
+    from laser_dist.retrieval.encoder import LaserEncoder
+
+    device = args.device
+    if device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return LaserEncoder.from_pretrained(
+        model, steps=args.steps, dim=args.dim, device=device, dtype=args.model_dtype, batch_tokens=args.batch_tokens
+    )
+
+
+if __name__ == "__main__":
+    from laser_dist.cli import run
+
+    sys.exit(run("laser_dist.retrieval.encode", sys.argv[1:]))

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from laser_dist.batch import PackedBatch, Passage
 from laser_dist.data.text import TextFormat
 from laser_dist.retrieval.encoder import LaserEncoder
-from laser_dist.retrieval.export import query_prompt, save_folder, split_template
+from laser_dist.retrieval.exporting.formats import query_prompt, save_folder, split_template
 
 
 class LaserModule(InputModule):

@@ -1,8 +1,11 @@
 """An export is a plain folder with the checkpoint's vectors in three libraries, or it does not exist."""
 
+import hashlib
 import json
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -17,9 +20,10 @@ from laser_dist.config import ModelConfig, TextConfig, ThinkingConfig
 from laser_dist.errors import UserError
 from laser_dist.model.backbone import load_backbone, load_tokenizer, prepare_for_training
 from laser_dist.model.retriever import LaserRetriever
-from laser_dist.retrieval import export as module
+from laser_dist.retrieval import export as command
 from laser_dist.retrieval.card import RetrieverCard
 from laser_dist.retrieval.export import TOLERANCE, export
+from laser_dist.retrieval.exporting import formats, target, weights
 from laser_dist.testing.tiny import tiny_model_folder
 
 TEXTS = ["why does ice float on water?", "ice", "Air scatters short waves more than long ones; " * 5, "  so  "]
@@ -102,6 +106,13 @@ def test_the_export_has_the_source_s_vectors(exported, name):
     assert (folder / "chat_template.jinja").is_file() == ("chat" in name)
 
 
+def test_others_can_read_all_of_it(exported):
+    """safetensors makes files of mode 600: on shared storage an export was its owner's alone."""
+    _, folder = exported["llama-tied-k1"]
+    (new := folder.parent / "new").touch()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {new.stat().st_mode}
+
+
 @pytest.mark.parametrize("name", CARDS)
 def test_config_and_tokenizer_are_plain(exported, name):
     _, folder = exported[name]
@@ -123,32 +134,33 @@ def test_a_tokenizer_without_padding_token_gets_one(source, tmp_path):
 PLAIN = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-lm = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-batch = tokenizer(["ice", "why does ice float on water?"], padding=True, return_tensors="pt")
-assert lm.config._attn_implementation == "sdpa" and tokenizer.padding_side == "left"
+for folder, out in zip(sys.argv[1::2], sys.argv[2::2]):
+    lm = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(["ice", "why does ice float on water?"], padding=True, return_tensors="pt")
+    assert lm.config._attn_implementation == "sdpa" and tokenizer.padding_side == "left"
+    with torch.no_grad():
+        output = lm(**batch, output_hidden_states=True)
+    torch.save((batch["input_ids"], batch["attention_mask"], output.hidden_states[-1], output.logits), out)
 assert not [name for name in sys.modules if name.startswith("laser_dist")]
-with torch.no_grad():
-    output = lm(**batch, output_hidden_states=True)
-torch.save((batch["input_ids"], batch["attention_mask"], output.hidden_states[-1], output.logits), sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("name", ["qwen3-tied-chat", "llama-untied-bos-chat"])
-def test_transformers_alone_loads_it(exported, name, tmp_path):
-    source, folder = exported[name]
-    command = [sys.executable, "-c", PLAIN, str(folder), str(tmp_path / "states.pt")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def test_transformers_alone_loads_it(exported, tmp_path):
+    names = ("qwen3-tied-chat", "llama-untied-bos-chat")
+    files = [path for name in names for path in (exported[name][1], tmp_path / name)]
+    done = subprocess.run([sys.executable, "-c", PLAIN, *files], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "not initialized" not in done.stderr and "MISSING" not in done.stderr
-    ids, mask, states, logits = torch.load(tmp_path / "states.pt")
-    retriever = encoder_of(source, steps=1).retriever
-    rows = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
-    with torch.no_grad():
-        packed, _, _ = retriever.think(pack([TokenSequence(row) for row in rows]))
-        greedy = retriever.base.get_output_embeddings()(packed).argmax(-1)
-    torch.testing.assert_close(states[mask.bool()], packed, atol=1e-5, rtol=1e-5)
-    assert torch.equal(logits[mask.bool()].argmax(-1), greedy)
+    for name in names:
+        ids, mask, states, logits = torch.load(tmp_path / name)
+        retriever = encoder_of(exported[name][0], steps=1).retriever
+        rows = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+        with torch.no_grad():
+            packed, _, _ = retriever.think(pack([TokenSequence(row) for row in rows]))
+            greedy = retriever.base.get_output_embeddings()(packed).argmax(-1)
+        torch.testing.assert_close(states[mask.bool()], packed, atol=1e-5, rtol=1e-5)
+        assert torch.equal(logits[mask.bool()].argmax(-1), greedy)
 
 
 @pytest.mark.parametrize("layers", [None, 1])
@@ -252,10 +264,12 @@ def test_overwrite_never_deletes_what_is_not_an_export(source, tmp_path):
         assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("place", ["_write_sentence_transformers", "_model_card", "_replace"])
+@pytest.mark.parametrize(
+    "module, place", [(formats, "write_sentence_transformers"), (command, "write_model_card"), (target, "_replace")]
+)
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError("disk full")])
-def test_an_interrupted_export_leaves_nothing(source, tmp_path, monkeypatch, place, failure):
-    def fail(*_):
+def test_an_interrupted_export_leaves_nothing(source, tmp_path, monkeypatch, module, place, failure):
+    def fail(*_, **__):
         raise failure
 
     monkeypatch.setattr(module, place, fail)
@@ -273,15 +287,15 @@ def test_what_a_killed_export_left_is_no_hindrance(source, tmp_path):
 
 
 def test_an_export_with_other_vectors_is_refused(source, tmp_path, monkeypatch):
-    def save_another_model(lm, tokenizer, card, folder):
+    def save_another_model(lm, *arguments, **options):
         with torch.no_grad():
             lm.get_decoder().norm.weight[0] += 0.1
-        real(lm, tokenizer, card, folder)
+        real(lm, *arguments, **options)
         with torch.no_grad():
             lm.get_decoder().norm.weight[0] -= 0.1
 
-    real = module.save_folder
-    monkeypatch.setattr(module, "save_folder", save_another_model)
+    real = weights.save_folder
+    monkeypatch.setattr(weights, "save_folder", save_another_model)
     with pytest.raises(UserError, match="other vectors"):
         export(source, out=tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
@@ -343,6 +357,125 @@ def test_weights_that_are_missing_are_not_made_up(source, tmp_path, prefix, kept
     save_file(renamed, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=f"{source}.*weights lack"):
         export(source, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_adapters_alone(tmp_path, layers):
+    """As the card's own code loads them, with PEFT, with LaserEncoder and in sentence-transformers."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    backbone = make_model(tmp_path / "backbone", "qwen3-tied-chat")
+    lm = adapters(tmp_path / "run" / "model", backbone, layers)
+    folder = export(tmp_path / "run", out=tmp_path / "out", adapter=True).folder
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    assert list(sizes) == ["adapter_model.safetensors"] and not (folder / "config.json").exists()
+    encoder = encoder_of(folder)
+    np.testing.assert_allclose(encoder.encode_queries(TEXTS), vectors_in_training(lm, encoder), atol=1e-5)
+    model = sentence_transformers.SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    np.testing.assert_allclose(model.encode_query(TEXTS), encoder.encode_queries(TEXTS), atol=1e-5)
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    block = next(code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "PeftModel" in code)
+    names = {}
+    exec(block.replace('"DIR"', repr(str(folder))).replace('"BACKBONE"', repr(str(backbone))), names)
+    expected = encoder.encode_queries(["why is the sky blue?"])
+    np.testing.assert_allclose(names["queries"], expected, atol=1e-5)
+    again = export(folder, out=tmp_path / "merged").folder  # and whole weights can still be made of them
+    np.testing.assert_allclose(vectors_of(encoder_of(again)), vectors_of(encoder), atol=1e-5)
+    export(backbone, out=folder, overwrite=True)  # an export of adapters is one that may go
+    assert not (folder / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--adapter"], "--adapter: .*holds full weights"),
+        (["--max-shard-size", "5"], "--max-shard-size 5: write a number"),
+        (["--max-shard-size", "0GB"], "--max-shard-size 0GB"),
+    ],
+)
+def test_flags_that_ask_for_what_there_is_not(source, tmp_path, capsys, flags, message):
+    assert cli.main(["export", str(source), "--out", str(tmp_path / "out"), *flags]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_exported_as_they_are_or_not_at_all(source, tmp_path):
+    adapters(tmp_path / "model", source)
+    for options, message in (({"dtype": "bfloat16"}, "--dtype bfloat16"), ({"self_contained": True}, "--self-cont")):
+        with pytest.raises(UserError, match=message):
+            export(tmp_path / "model", out=tmp_path / "out", adapter=True, **options)
+
+
+def test_large_models_come_in_shards(source, tmp_path):
+    folder = export(source, out=tmp_path / "out", max_shard_size="100KB").folder
+    assert len(list(folder.glob("model-*.safetensors"))) > 1 and (folder / "model.safetensors.index.json").is_file()
+    np.testing.assert_allclose(vectors_of(encoder_of(folder)), vectors_of(encoder_of(source)), atol=1e-5)
+    names = {path.name for path in folder.iterdir()}
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]  # safetensors only
+
+
+def checkpoint_of(source, folder):
+    """The model folder in a checkpoint, with a manifest as training writes it."""
+    model = shutil.copytree(source, folder / "model")
+    files = {
+        f"model/{path.name}": {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in model.iterdir()
+    }
+    (folder / "manifest.json").write_text(json.dumps({"files": {**files, "deepspeed/x": {"bytes": 1, "sha256": ""}}}))
+    return model
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_checkpoint_that_was_altered_is_refused(source, tmp_path, name):
+    """A flipped bit and another model's tokenizer both load without complaint, and give other vectors."""
+    model = checkpoint_of(source, tmp_path / "step")
+    export(tmp_path / "step", out=tmp_path / "whole")
+    content = bytearray((model / name).read_bytes())
+    content[-2] ^= 1
+    (model / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: is not what training saved"):
+        export(tmp_path / "step", out=tmp_path / "out")
+    (model / name).unlink()
+    with pytest.raises(UserError, match=f"{name}: is not what|no model: expected {name}"):
+        export(tmp_path / "step", out=tmp_path / "out")
+
+
+def test_a_checkpoint_whose_manifest_is_damaged_is_refused(source, tmp_path):
+    checkpoint_of(source, tmp_path / "step")
+    for content in ("{", "[]", '{"files": {"model/config.json": 1}}'):
+        (tmp_path / "step" / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match="manifest.json is damaged"):
+            export(tmp_path / "step", out=tmp_path / "out")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(source, tmp_path):
+    tokenizer = load_tokenizer(ModelConfig(name=str(source)))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(source)
+    CARDS["qwen3-tied-chat"].save(source)
+    with pytest.raises(UserError, match=f"{source}.*tokenizer"):
+        export(source, out=tmp_path / "out")
+
+
+def test_a_disk_that_is_too_small_is_found_before_writing(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(UserError, match="0.00 GB are free"):
+        export(source, out=tmp_path / "new" / "out")
+    assert not (tmp_path / "new" / "out").exists()
+
+
+def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path):
+    """The kernel refuses to let a file grow, as on a full disk; safetensors reports that with an error of its own."""
+    out = tmp_path / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=f"cannot write {out}"):
+            export(source, out=out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 def test_command(source, tmp_path, capsys):
@@ -433,11 +566,9 @@ def test_sentence_transformers_asks_for_trust_and_says_so(exported):
         sentence_transformers.SentenceTransformer(str(exported["llama-tied-k1"][1]))
 
 
-def test_exporting_needs_no_sentence_transformers(source, tmp_path):
-    code = (
-        "import sys; sys.modules['sentence_transformers'] = None; from laser_dist.cli import main; "
-        f"sys.exit(main(['export', {str(source)!r}, '--out', {str(tmp_path / 'out')!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "modules.json").is_file()
+def test_exporting_needs_no_sentence_transformers(source, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sentence_transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # importing it now fails
+    folder = export(source, out=tmp_path / "out", self_contained=True).folder
+    assert (folder / "modules.json").is_file() and (folder / "modeling_laser.py").is_file()

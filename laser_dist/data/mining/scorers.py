@@ -59,7 +59,7 @@ class Bm25:
     def search(self, examples: Sequence[Example], depth: int) -> list[Found]:
         import torch
 
-        from laser_dist.retrieval.search import top_k
+        from laser_dist.retrieval.search.exact import top_k
 
         found = []
         for example, scores in zip(examples, self._index.scores([e.query for e in examples]), strict=True):
@@ -76,7 +76,7 @@ class Dense:
         self._encoder, self._vectors, self._rows, self._device = encoder, vectors, positives.rows, device
 
     def search(self, examples: Sequence[Example], depth: int) -> list[Found]:
-        from laser_dist.retrieval.search import search
+        from laser_dist.retrieval.search.exact import search
 
         instructions = [example.instruction for example in examples]
         queries = self._encoder.encode_queries([e.query for e in examples], instructions=instructions)
@@ -130,7 +130,7 @@ class SentenceTransformerEncoder:
 
 def encoder_folder(model: str) -> str:
     """The folder of a model: itself, a run's newest checkpoint, or a download. Raises UserError."""
-    from laser_dist.retrieval.encoder import model_folder
+    from laser_dist.retrieval.loading import model_folder
 
     path = Path(model).expanduser()
     return str(path) if (path / "modules.json").is_file() else model_folder(model)
@@ -154,7 +154,8 @@ def corpus_vectors(encoder: Any, folder: str, corpus: Path, out: Path) -> np.nda
 
     One process makes them, others wait for it. Raises UserError for vectors of another corpus or model.
     """
-    from laser_dist.retrieval.encode import encode_corpus, load_vectors, weights_hash
+    from laser_dist.retrieval.encode import encode_corpus, weights_hash
+    from laser_dist.retrieval.vectors import load_vectors
 
     with locked(out / ".lock"):
         weights = weights_hash(folder)

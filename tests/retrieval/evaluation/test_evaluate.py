@@ -11,7 +11,8 @@ import pytest
 
 from laser_dist.errors import UserError
 from laser_dist.retrieval.collection import Corpus, Queries
-from laser_dist.retrieval.evaluate import evaluate, main
+from laser_dist.retrieval.evaluation.command import main
+from laser_dist.retrieval.evaluation.evaluate import evaluate
 from laser_dist.retrieval.metrics import METRICS
 
 
@@ -24,7 +25,7 @@ class FakeEncoder:
         self.options, self.calls = options, []
 
     @classmethod
-    def from_pretrained(cls, folder, steps=None, device=None, dtype=None):
+    def from_pretrained(cls, folder, steps=None, dim=None, device=None, dtype=None):
         return cls(model=folder, steps=steps)
 
     def description(self):
@@ -37,9 +38,9 @@ class FakeEncoder:
                 vectors[row, zlib.crc32(word.encode()) % self.dim] += 1
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    def encode_queries(self, texts, *, instructions=None, progress=False):
+    def encode_queries(self, texts, *, instructions=None, rationales=None, dim=None, progress=False):
         self.calls.append(("queries", texts, instructions))
-        return self._encode(texts)
+        return self._encode(rationales or texts)[:, :dim]
 
     def encode_passages(self, texts, *, titles=None, progress=False):
         self.calls.append(("passages", texts, titles))
@@ -69,6 +70,25 @@ def test_titles_and_instructions_reach_the_encoder():
     queries = Queries(QUERIES.ids, QUERIES.texts, ["find", None, None], [None] * 3)
     evaluate(encoder, corpus, queries, QRELS)
     assert [call[2] for call in encoder.calls] == [["T", "", ""], ["find", None]]
+
+
+def test_given_vectors_are_used_instead_of_encoding():
+    """Queries get as many components as the passages have."""
+    encoder = FakeEncoder()
+    vectors = np.eye(3, 7, dtype=np.float32)
+    result = evaluate(encoder, CORPUS, QUERIES, QRELS, passage_vectors=vectors)
+    assert [call[0] for call in encoder.calls] == ["queries"]
+    assert result.counts["passages"] == 3 and result.seconds["encode_passages"] < 0.1
+
+
+def test_the_explicit_view_reads_the_rationales_of_judged_queries():
+    """A query that is left out needs none."""
+    queries = Queries(QUERIES.ids, QUERIES.texts, [None] * 3, ["blue plum", "blue plum", None])
+    result = evaluate(FakeEncoder(), CORPUS, queries, QRELS, explicit=True)
+    assert [ranking[0][0] for ranking in result.run.values()] == ["d3", "d3"]
+    with pytest.raises(UserError, match="--explicit: 1 of 2 judged queries .*'q2'"):
+        lacking = Queries(QUERIES.ids, QUERIES.texts, [None] * 3, ["blue plum", "", None])
+        evaluate(FakeEncoder(), CORPUS, lacking, QRELS, explicit=True)
 
 
 def test_too_small_k_is_refused():
@@ -110,7 +130,8 @@ def test_command_writes_results_run_file_and_table(files, fake_module, capsys):
     expected = evaluate(FakeEncoder(), CORPUS, QUERIES, QRELS)
     assert {name: results[name] for name in METRICS} == expected.metrics
     assert results["per_query"] == expected.per_query
-    assert set(results["bm25"]) == set(METRICS)
+    assert set(results["bm25"]) == set(METRICS) and set(results["bm25_per_query"]) == {"q1", "q2"}
+    assert (results["view"], results["dim"]) == ("latent", 512)
     assert (results["queries"], results["passages"], results["queries_left_out"]) == (2, 3, 1)
     assert results["model"] == "some/model"
     assert results["encoder"] == {"model": "some/model", "steps": 5}
@@ -118,6 +139,48 @@ def test_command_writes_results_run_file_and_table(files, fake_module, capsys):
     printed = capsys.readouterr().out
     assert "BM25" in printed and "ndcg@10" in printed and f"{expected.metrics['ndcg@10']:.4f}" in printed
     assert "1 without a relevant passage left out" in printed
+
+
+def test_a_folder_in_beirs_layout(files, fake_module, capsys):
+    """qrels/SPLIT.tsv, or the files of this project's own folders."""
+    (files / "qrels").mkdir()
+    (files / "qrels.tsv").rename(files / "qrels" / "test.tsv")
+    flags = ["--model", "m", "--data", str(files), "--out", str(files / "out.json")]
+    assert main(flags) == 0
+    report = json.loads((files / "out.json").read_text())
+    assert report["data"]["qrels"]["file"].endswith("qrels/test.tsv") and len(report["data"]["corpus"]["sha256"]) == 64
+    assert report["ndcg@10"] == evaluate(FakeEncoder(), CORPUS, QUERIES, QRELS).metrics["ndcg@10"]
+    with pytest.raises(UserError, match="no judgements of the split 'dev'.*--split can be test"):
+        main([*flags, "--split", "dev"])
+    (files / "dev_qrels.tsv").write_text("q9\td1\t1\n")
+    (files / "dev_queries.jsonl").write_text('{"id": "q9", "text": "apple"}\n')
+    assert main([*flags, "--split", "dev"]) == 0
+    assert set(json.loads((files / "out.json").read_text())["per_query"]) == {"q9"}
+    with pytest.raises(UserError, match="holds no corpus.jsonl"):
+        main(["--model", "m", "--data", str(files / "qrels"), "--out", "o.json"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "found none of them"),
+        (["--corpus", "c", "--queries", "q"], "give --corpus, --queries and --qrels"),
+        (
+            ["--corpus", "c", "--queries", "q", "--qrels", "r", "--data", "d"],
+            "found --corpus --queries --qrels and --data",
+        ),
+        (["--data", "d", "--task", "BRIGHT"], "found --data and --task"),
+        (["--task", "BRIGHT", "--vectors", "v"], "not with --task"),
+        (["--data", "d", "--task-data", "t"], "--task-data: goes with --task"),
+        (["--data", "d", "--dim", "0"], "--dim 0: must be at least 1"),
+        (["--data", "d", "--max-tokens", "7"], "--max-tokens 7: must be at least 8"),
+        (["--task", "BRIGHT", "--split", "dev"], "--split: goes with --data"),
+        (["--data", "nowhere"], "nowhere: holds no corpus.jsonl"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_named(flags, told):
+    with pytest.raises(UserError, match=told):
+        main(["--model", "m", "--out", "o.json", *flags])
 
 
 def test_bm25_can_be_left_out(files, fake_module, capsys):
@@ -142,7 +205,7 @@ def test_output_must_not_be_a_folder(files):
         main(arguments(files))
 
 
-@pytest.mark.parametrize("command", ["evaluate", "encode"])
+@pytest.mark.parametrize("command", ["evaluate", "encode", "search", "compare"])
 def test_help_imports_no_torch(command):
     code = (
         "import sys, laser_dist.cli as c\n"

@@ -1,15 +1,10 @@
-"""Exact search: every query against every passage, block by block, in bounded memory; and runs as TREC files."""
-
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+"""Exact search: every query against every passage, block by block, in bounded memory."""
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
-
-from laser_dist.errors import UserError
-from laser_dist.files import replacing
-from laser_dist.retrieval.metrics import Run
 
 _INDEX_BITS = 32
 _LAST_INDEX = (1 << _INDEX_BITS) - 1
@@ -22,6 +17,7 @@ def search(
     k: int,
     block: int = 65536,
     device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best passages of each query by inner product: (scores float32, indices int64), both [n, min(k, P)].
 
@@ -36,7 +32,9 @@ def search(
     queries_ND = _float32(query_vectors, device)
     best_NK = torch.empty(len(queries_ND), 0, dtype=torch.int64, device=device)
     rows = max(1, _SCORES_AT_ONCE // min(block, max(1, len(passage_vectors))))
-    for first in range(0, len(passage_vectors), block):
+    blocks = range(0, len(passage_vectors), block)
+    shown = track(blocks, "searching", console=Console(stderr=True), disable=not progress, transient=True)
+    for first in shown:
         passages_PD = _float32(passage_vectors[first : first + block], device)
         merged = [
             _best(torch.cat([best, _keys(queries @ passages_PD.T, first)], dim=1), k)
@@ -53,28 +51,6 @@ def top_k(scores_NP: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises ValueError for scores that are not finite.
     """
     return _unpack(_best(_keys(scores_NP, 0), k))
-
-
-def to_run(scores: np.ndarray, indices: np.ndarray, query_ids: Sequence[str], passage_ids: Sequence[str]) -> Run:
-    """What `search` found ([n, k] each), by id: {query id: [(passage id, score), ...]}, best first."""
-    return {
-        query: [(passage_ids[index], score) for score, index in zip(row_scores, row_indices, strict=True)]
-        for query, row_scores, row_indices in zip(query_ids, scores.tolist(), indices.tolist(), strict=True)
-    }
-
-
-def write_run(path: str | Path, run: Mapping[str, Sequence[tuple[str, float]]], tag: str = "laser-dist") -> None:
-    """Write a TREC run file, `query Q0 passage rank score tag` per line, under a temporary name first.
-
-    Scores keep 9 digits, so float32 scores come back as they were. Raises UserError for an id with blank space in it.
-    """
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for query, ranking in run.items():
-            for rank, (passage, score) in enumerate(ranking, start=1):
-                line = f"{query} Q0 {passage} {rank} {score:.9g} {tag}"
-                if len(line.split()) != 6:
-                    raise UserError(f"{path}: ids {query!r}, {passage!r}: a TREC run file allows no blank space in ids")
-                file.write(line + "\n")
 
 
 def _float32(vectors: np.ndarray, device: torch.device | str) -> Tensor:

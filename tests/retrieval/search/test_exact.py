@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from laser_dist.errors import UserError
-from laser_dist.retrieval import search as search_module
-from laser_dist.retrieval.search import search, to_run, top_k, write_run
+from laser_dist.retrieval.search import exact as search_module
+from laser_dist.retrieval.search.exact import search, top_k
+from laser_dist.retrieval.search.runs import to_run, write_run
 
 
 def small_integers(rows, dim=6, seed=0, dtype=np.float32):

@@ -1,0 +1,109 @@
+"""Model folders: which folder a path means, and the causal LM and tokenizer in it, LoRA merged."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laser_dist.config import ModelConfig
+from laser_dist.errors import UserError
+from laser_dist.model.backbone import load_backbone, load_tokenizer
+from laser_dist.retrieval.card import RetrieverCard
+from laser_dist.run_folder import latest_checkpoint
+
+
+def model_folder(path: str | Path) -> str:
+    """The model folder in `path`: itself, or a checkpoint's model/, or a run's newest checkpoint's; else a hub id."""
+    folder = Path(path).expanduser()
+    if (folder / "checkpoints" / "latest").is_file():
+        folder = latest_checkpoint(folder)
+    if (folder / "model").is_dir():
+        folder = folder / "model"
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise UserError(f"{folder} holds no model: expected config.json or adapter_config.json in it")
+        return str(folder)
+    if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+        raise UserError(f"{path}: this folder does not exist")
+    return _download(str(path))
+
+
+def load_trained_lm(folder: str, card: RetrieverCard, *, dtype: str, layers: int | None = None) -> tuple[Any, Any]:
+    """The causal LM and tokenizer of a model folder; LoRA adapters are loaded onto their backbone and merged.
+
+    Raises UserError for a folder that cannot be read, adapters that do not fit, and another model's tokenizer.
+    """
+    if (Path(folder) / "adapter_config.json").is_file():
+        lm, tokenizer = _load_adapted(folder, card, dtype, layers), load_tokenizer(ModelConfig(name=folder))
+    else:
+        config = ModelConfig(name=folder, dtype=dtype, layers=layers)  # type: ignore[arg-type]
+        lm, tokenizer = load_backbone(config), load_tokenizer(config)
+    _check_vocabulary(folder, lm, tokenizer)
+    return lm, tokenizer
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name; None: a GPU if there is one. Raises UserError where it does not exist."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"device {name!r}: there is no such kind; give cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r}: torch sees {torch.cuda.device_count()} GPUs; give cpu or another number")
+    return device
+
+
+def _download(hub_id: str) -> str:
+    """The hub repository as a local folder, so that its card and its adapters are found as in any other folder."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{hub_id} is neither a folder nor a hub model that can be downloaded: {reason}") from error
+
+
+def _load_adapted(folder: str, card: RetrieverCard, dtype: str, layers: int | None) -> Any:
+    from peft import PeftModel
+
+    if not card.backbone:
+        raise UserError(f"{folder}: holds adapters, and no laser_dist.json that names their backbone; copy it here")
+    kept = card.layers if layers is None else layers
+    config = ModelConfig(name=card.backbone, revision=card.revision, layers=kept, dtype=dtype)  # type: ignore[arg-type]
+    backbone = load_backbone(config)
+    try:
+        adapted = PeftModel.from_pretrained(backbone, folder)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: these adapters do not fit the backbone {card.backbone!r}: {error}") from error
+    _check_adapters(adapted, folder, card.backbone)
+    return adapted.merge_and_unload()
+
+
+def _check_adapters(adapted: Any, folder: str, backbone: str) -> None:
+    # PEFT skips adapters that it has no layer for, and lets layers be that it has no adapters for.
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{folder}: adapter_model.safetensors is missing")
+    with safe_open(path, "pt") as file:
+        stored = {key for key in file.keys() if "lora_" in key}
+    expected = {key for key in get_peft_model_state_dict(adapted, save_embedding_layers=False) if "lora_" in key}
+    if stored != expected:
+        raise UserError(
+            f"{folder}: these adapters do not fit the backbone {backbone!r}: {len(stored - expected)} have no layer "
+            f"there, and {len(expected - stored)} layers have none"
+        )
+
+
+def _check_vocabulary(folder: str, lm: Any, tokenizer: Any) -> None:
+    # Ids beyond the table end in an index error on a CPU, at the first text that has one, and in worse on a GPU.
+    rows = lm.get_input_embeddings().num_embeddings
+    if (largest := max(tokenizer.get_vocab().values())) >= rows:
+        raise UserError(
+            f"{folder}: its tokenizer has ids up to {largest}, and its embedding {rows} rows: this is another model's "
+            "tokenizer; copy the tokenizer files again from where the weights came from"
+        )
