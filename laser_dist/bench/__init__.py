@@ -10,6 +10,7 @@ BENCHMARKS = {
     "loader": "laser_dist.bench.loader",
     "prepare": "laser_dist.bench.prepare",
     "resume": "laser_dist.bench.resume",
+    "scaling": "laser_dist.bench.scaling",
 }
 USAGE = """usage: laser-dist bench NAME ...
 
@@ -18,6 +19,7 @@ benchmarks:
   loader   Reading, tokenising and packing, ours and plain pipelines: examples/s, tokens/s
   prepare  Rows per second and memory of `prepare` and `prepare --check`
   resume   Seconds to the first batch when a run continues at several places of a large set
+  scaling  Bytes held and sent and FLOPs of a step on 1, 2 and 4 processes, counted, beside what `plan` says
 
 example:
   laser-dist bench step --model Qwen/Qwen3-0.6B --queries 8 --out step.json
