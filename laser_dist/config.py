@@ -326,11 +326,47 @@ class LoggingConfig:
     """Optimizer steps between scalars."""
     term_gradient_norms_every: int = 0
     """Steps between per-term gradient norms (with respect to the vectors); 0: never."""
+    peak_tflops: float | None = None
+    """Peak of one rank's device, which speed/mfu is a share of. Unset: the data sheet's, where the device is known."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "logging.every", self.every, "must be at least 1")
+        peak = self.peak_tflops
+        _require(peak is None or 0 < peak < math.inf, "logging.peak_tflops", peak, "must be above 0, or unset")
         norms = self.term_gradient_norms_every
         _require(norms >= 0, "logging.term_gradient_norms_every", norms, "must be 0 (off) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Traces of a few steps of every rank in profile/ of the output folder, and their summary in TensorBoard."""
+
+    active: int = 0
+    """Steps to trace in a cycle; 0: no profile. Traced steps are slower, and deep models make large files."""
+    wait: int = 5
+    """Steps before each cycle: the first ones of a run are not like the others."""
+    warmup: int = 1
+    """Steps after these that are traced and not kept, because starting to trace costs time."""
+    repeat: int = 1
+    """Cycles."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("active", 0), ("wait", 0), ("warmup", 0), ("repeat", 1)):
+            value = getattr(self, name)
+            _require(value >= least, f"profile.{name}", value, f"must be at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How ranks come together; decides no number of the run."""
+
+    preflight: bool = True
+    """With several ranks, check before the first step that all hosts are alike, share the output and see the data."""
+    timeout: float = 600.0
+    """Seconds a rank waits for the others in one collective; a rank that saves or evaluates lets the others wait."""
+
+    def __post_init__(self) -> None:
+        _require(10 <= self.timeout < math.inf, "launch.timeout", self.timeout, "must be finite and at least 10")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,6 +389,8 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     @property
     def trajectory_temperature(self) -> float:

@@ -5,6 +5,7 @@ error, before a process group starts.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,30 @@ def resolve(name: str, config: RunConfig) -> dict[str, Any]:
     if precision.get("check_grad_overflow", "auto") == "auto":
         precision["check_grad_overflow"] = enabled
 
+    _check_machine(path, table.get("zero_optimization"))
     for key in _autos(table):
         raise UserError(f'{path}: "{key}" = "auto": nothing fills it, so DeepSpeed would take a default; write a value')
     return table
+
+
+def _check_machine(path: Path, zero: Any) -> None:
+    """What a ready-made file cannot know: the local disk, and how many GPUs a node has."""
+    if not isinstance(zero, dict):
+        return
+    for key in ("offload_optimizer", "offload_param"):
+        part = zero.get(key)
+        disk = part.get("nvme_path") if isinstance(part, dict) and part.get("device") == "nvme" else None
+        if disk is not None and not Path(disk).is_dir():
+            raise UserError(
+                f'{path}: "zero_optimization.{key}.nvme_path" = {json.dumps(disk)}: this folder does not exist here; '
+                "copy the file, write a folder on a local disk, and name the copy in train.deepspeed"
+            )
+    group, ranks = zero.get("zero_hpz_partition_size", 1), int(os.environ.get("WORLD_SIZE", "1"))
+    if isinstance(group, int) and group > 1 and ranks > group and ranks % group:
+        raise UserError(
+            f'{path}: "zero_optimization.zero_hpz_partition_size" = {group}: does not divide {ranks} ranks; copy '
+            "the file, write the number of GPUs of one node, and name the copy in train.deepspeed"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import sys
 from laser_dist.cli import run
 from laser_dist.config import load_config
 from laser_dist.ds_config import resolve
+from laser_dist.launch.outcome import reported
+from laser_dist.launch.ranks import adopt_ranks
 
 EXIT_PREEMPTED = 75
 """Exit code after a signal asked to stop and a checkpoint was saved: resume later (EX_TEMPFAIL)."""
@@ -13,19 +15,21 @@ EXIT_PREEMPTED = 75
 
 def main(arguments: list[str]) -> int:
     """Train; everything that can be wrong with the configuration is found before a process group exists."""
+    adopt_ranks()
     # The launcher's own argument; the environment says the same.
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
     config = load_config(arguments)
-    ds_config = resolve(config.train.deepspeed, config)
-    os.environ.setdefault("WDS_SECURE", "1")
+    with reported(config.output) as outcome:
+        ds_config = resolve(config.train.deepspeed, config)
+        os.environ.setdefault("WDS_SECURE", "1")
 
-    from laser_dist.observability.console import quiet_libraries
+        from laser_dist.observability.console import quiet_libraries
 
-    quiet_libraries()
-    from laser_dist.trainer import Trainer
+        quiet_libraries()
+        from laser_dist.trainer import Trainer
 
-    finished = Trainer(config, ds_config).fit()
-    return 0 if finished else EXIT_PREEMPTED
+        outcome.code = 0 if Trainer(config, ds_config).fit() else EXIT_PREEMPTED
+    return outcome.code
 
 
 if __name__ == "__main__":

@@ -25,12 +25,15 @@ from laser_dist.distributed.collectives import gather_objects, gather_table, ran
 from laser_dist.distributed.engine import Engine, NonFiniteGradient, init_distributed, launched_world_size
 from laser_dist.distributed.grad_cache import GradCache
 from laser_dist.errors import UserError
+from laser_dist.launch.preflight import preflight
 from laser_dist.model.backbone import check_attention, load_backbone, load_tokenizer, prepare_for_training
 from laser_dist.model.retriever import LaserRetriever
 from laser_dist.objective.alignment import AlignmentObjective, LossTerms
 from laser_dist.observability.clock import StepClock
 from laser_dist.observability.console import TrainingProgress
+from laser_dist.observability.flops import ModelSize, peak_flops
 from laser_dist.observability.metrics import MetricsLog
+from laser_dist.observability.profiler import StepProfiler, check_profile
 from laser_dist.observability.scalars import Scalars, micro_batch_scalars, step_scalars, term_gradient_norms
 from laser_dist.optim import build_optimizer, learning_rate
 from laser_dist.retrieval.card import RetrieverCard
@@ -50,12 +53,15 @@ class Trainer:
         self.queries_per_step = config.train.queries_per_rank * config.train.accumulation * launched_world_size()
         self.data = open_data(config.data)
         self.total_steps = total_steps(config, self.data, self.queries_per_step)
+        check_profile(config.profile, self.total_steps)
         self.text = TextFormat(load_tokenizer(config.model), config.text, steps=config.thinking.steps)
         if config.objective.needs_rationale:
             self.text.require_eos()
         self.dev = read_dev_set(config)
 
-        device = init_distributed()
+        device = init_distributed(config.launch.timeout)
+        if config.launch.preflight:
+            preflight(config, ds_config, self.data, device)
         self.objective = AlignmentObjective(config.objective, config.trajectory_temperature)
         self.kernel = self.objective.kernel_on(device)
         self.attention = check_attention(config.model, device)
@@ -67,6 +73,8 @@ class Trainer:
             convention=config.thinking.convention,
             attention=config.model.attention,
         )
+        self.size = ModelSize.of(self.retriever)
+        self.peak_flops = peak_flops(device, config.logging.peak_tflops)
         self.engine = Engine(
             self.retriever,
             build_optimizer(self.retriever, config.optimizer),
@@ -105,11 +113,13 @@ class Trainer:
             contextlib.closing(batches),
             MetricsLog(output, start_step=start, enabled=is_first) as self.log,
             TrainingProgress(self.total_steps, start, enabled=is_first) as self.progress,
+            StepProfiler(config.profile, output, self.engine.device, self.log, self.progress.say) as profiler,
         ):
             self.log.config(config)
             self._announce(start)
             for step in range(start, self.total_steps):
-                values = self.step(step, batches)
+                with profiler.step(step + 1):
+                    values = self.step(step, batches)
                 if step % config.logging.every == 0 or step + 1 == self.total_steps:
                     self.log.scalars(step + 1, values)
                     self.progress.update(step + 1, values)
@@ -131,13 +141,14 @@ class Trainer:
                     batch = loaded.packed.to(self.engine.device)
                 with clock.phase("forward"):
                     views = self.grad_cache.forward(batch, chunks)
+                with clock.phase("loss"):
                     loss = self.objective(views, batch, step)
                 self._check_finite(step, loss, batch.query_ids)
                 vectors = [x for x in views[:4] if x is not None]
                 norms = term_gradient_norms(loss, vectors) if norms_due else {}
                 with clock.phase("backward"):
                     self.grad_cache.backward(loss.total, last=micro_batch == config.train.accumulation)
-                rows.append(micro_batch_scalars(loaded, loss) | {"train/chunks": float(chunks)} | norms)
+                rows.append(micro_batch_scalars(loaded, loss, self.size) | {"train/chunks": float(chunks)} | norms)
         with clock.phase("optimizer"):
             try:
                 gradient_norm = self.engine.step()
@@ -145,7 +156,7 @@ class Trainer:
                 self._refuse(step, "the gradient is not finite on at least one rank", batch.query_ids)
         self.position += self.queries_per_step
         return {
-            **step_scalars(rows, clock, self.queries_per_step),
+            **step_scalars(rows, clock, self.queries_per_step, self.peak_flops),
             **{f"weight/{name}": value for name, value in self.objective.weights(step).items()},
             "train/gradient_norm": gradient_norm,
             "train/learning_rate": rate,
@@ -208,7 +219,8 @@ class Trainer:
             problem = str(error)
         defects = loaded.defects if loaded else ()
         counts = {"defects": len(defects), "chunks": loaded.chunks if loaded else 0}
-        table = gather_table({"failed": float(problem is not None), **{k: float(v) for k, v in counts.items()}})
+        with self.clock.phase("wait"):
+            table = gather_table({"failed": float(problem is not None), **{k: float(v) for k, v in counts.items()}})
         if any(row["failed"] for row in table):
             raise UserError(next(text for text in gather_objects(problem) if text))
         if any(row["defects"] for row in table):

@@ -7,6 +7,7 @@ import pytest
 from laser_dist.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from laser_dist.ds_config import FOLDER, KNOWN, REFUSED, find_ds_config, resolve
 from laser_dist.errors import UserError
+from laser_dist.testing import assert_close_relative, run_distributed
 
 CONFIG = RunConfig(
     model=ModelConfig(dtype="float32"),
@@ -27,7 +28,10 @@ def write(tmp_path):
 
 
 def test_ready_made_names():
-    assert READY == ["zero0.json", "zero1.json", "zero2.json", "zero3-test.json", "zero3.json"]
+    zero3 = [
+        f"zero3-{name}.json" for name in ("hpz", "lean", "nvme", "offload-optimizer", "offload", "quantized", "test")
+    ]
+    assert READY == ["zero0.json", "zero1.json", "zero2.json", *zero3, "zero3.json"]
     assert find_ds_config("zero3.json") == find_ds_config("zero3")
     assert find_ds_config(RunConfig().train.deepspeed).is_file()
 
@@ -46,7 +50,8 @@ def test_unknown_name_lists_the_known_ones():
 
 
 @pytest.mark.parametrize("name", READY)
-def test_ready_made_files_are_filled_and_deepspeed_accepts_them(name):
+def test_ready_made_files_are_filled_and_deepspeed_accepts_them(name, monkeypatch):
+    monkeypatch.setattr("laser_dist.ds_config._check_machine", lambda *_: None)  # the disk is another machine's
     table = resolve(name, CONFIG)
     assert table["train_micro_batch_size_per_gpu"] == 3
     assert table["gradient_accumulation_steps"] == 5
@@ -66,6 +71,78 @@ def test_tiny_models_are_partitioned_only_by_the_test_file():
     test, real = (resolve(name, CONFIG)["zero_optimization"] for name in ("zero3-test", "zero3"))
     assert test.pop(threshold) == 0 and real.pop(threshold) > 0
     assert test == real
+
+
+def test_derived_files_differ_in_what_their_name_says():
+    """Copies drift: a limit mended in one of them is easily forgotten in the others."""
+    lean = json.loads(find_ds_config("zero3-lean").read_text())["zero_optimization"]
+    plain = json.loads(find_ds_config("zero3").read_text())["zero_optimization"]
+    limits = {"stage3_max_live_parameters", "stage3_max_reuse_distance"}
+    assert {key for key in plain if plain[key] != lean[key]} == limits and lean.keys() == plain.keys()
+    added = {
+        "hpz": {"zero_hpz_partition_size"},
+        "quantized": {"zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"},
+        "offload-optimizer": {"offload_optimizer"},
+        "offload": {"offload_optimizer", "offload_param"},
+        "nvme": {"offload_optimizer", "offload_param"},
+    }
+    for name, keys in added.items():
+        table = json.loads(find_ds_config(f"zero3-{name}").read_text())["zero_optimization"]
+        assert table.keys() - lean.keys() == keys, name
+        assert all(table[key] == value for key, value in lean.items()), name
+
+
+def test_every_key_is_explained():
+    told = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for name in READY:
+        table = json.loads((FOLDER / name).read_text())
+        missing = [key for key in table | table["zero_optimization"] if key not in told and key != "zero_optimization"]
+        assert not missing and f"`{name}`" in told, (name, missing)
+
+
+def test_a_disk_that_is_not_there_is_refused(tmp_path, write):
+    with pytest.raises(UserError, match=r'offload_optimizer.nvme_path" = "/local_nvme": this folder does not exist'):
+        resolve("zero3-nvme", CONFIG)
+    text = find_ds_config("zero3-nvme").read_text().replace("/local_nvme", str(tmp_path))
+    assert resolve(write(text), CONFIG)["zero_optimization"]["offload_param"]["nvme_path"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("ranks, refused", [("1", False), ("4", False), ("8", False), ("12", True), ("64", False)])
+def test_hpz_groups_divide_the_ranks(monkeypatch, ranks, refused):
+    """DeepSpeed asserts it in every rank, after all of them have loaded the model."""
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    if refused:
+        with pytest.raises(UserError, match=r"= 8: does not divide 12 ranks"):
+            resolve("zero3-hpz", CONFIG)
+    else:
+        resolve("zero3-hpz", CONFIG)
+
+
+def trained(rank: int, world_size: int, names: list[str]) -> list[dict]:
+    """Parameters after two steps with each config, limits in proportion to a tiny model."""
+    from laser_dist.bench.scaling import case_of, job_of
+    from laser_dist.distributed.engine import init_distributed
+    from laser_dist.planning.measure import prepared
+
+    init_distributed()
+    found = []
+    for name in names:
+        engine, forward_backward = prepared(case_of(job_of(name, world_size, 0, True, "float32")), rank)
+        for _ in range(2):
+            forward_backward()
+            engine.step()
+        found.append(engine.full_state_dict())
+    return found
+
+
+@pytest.mark.slow
+def test_what_runs_on_a_cpu_trains_like_plain_zero3():
+    """Offload and hpZ move weights elsewhere; the numbers must stay."""
+    names = ["zero3", "zero3-lean", "zero3-hpz", "zero3-offload-optimizer", "zero3-offload"]
+    plain, *others = run_distributed(trained, 2, names)[0]
+    for name, state in zip(names[1:], others, strict=True):
+        for key, value in plain.items():
+            assert_close_relative(state[key], value, 1e-6, f"{key} with {name}")
 
 
 def test_bfloat16_follows_the_model(write):

@@ -14,6 +14,7 @@ BENCHMARKS = {
     "encode": "laser_dist.bench.encode",
     "corpus": "laser_dist.bench.corpus",
     "latency": "laser_dist.bench.latency",
+    "scaling": "laser_dist.bench.scaling",
 }
 USAGE = """usage: laser-dist bench NAME ...
 
@@ -26,6 +27,7 @@ benchmarks:
   encode   Texts per second of LaserEncoder and of sentence-transformers, on mixed lengths
   corpus   `encode` and exact search of a large corpus, killed and continued: bytes, memory, time
   latency  Encoding with K latent steps, one encoder pass, and rewriting before encoding: time, ratios
+  scaling  Bytes held and sent and FLOPs of a step on 1, 2 and 4 processes, counted, beside what `plan` says
 
 example:
   laser-dist bench step --model Qwen/Qwen3-0.6B --queries 8 --out step.json

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from laser_dist.observability.spans import span
+
 T = TypeVar("T")
 
 # torch 2.13 renames the two and warns at every call of the old names.
@@ -32,7 +34,9 @@ def gather_rows(rows: Tensor) -> Tensor:
     if world_size() == 1:
         return rows
     gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-    _all_gather(gathered, rows.detach().contiguous())
+    with span("gather"):
+        _all_gather(gathered, rows.detach().contiguous())
+    _count_received(rows)
     return gathered
 
 
@@ -53,8 +57,26 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:], dtype=ctx.dtype)
-        _reduce_scatter(own, gradient.to(ctx.dtype).contiguous(), op=dist.ReduceOp.SUM)
+        with span("gather's backward"):
+            _reduce_scatter(own, gradient.to(ctx.dtype).contiguous(), op=dist.ReduceOp.SUM)
+        _count_received(own)
         return own, None
+
+
+_received = 0
+
+
+def _count_received(rows: Tensor) -> None:
+    """Count a rank's rows, or as many of its peers' gradients, from each of its peers."""
+    global _received
+    _received += (world_size() - 1) * rows.nbytes
+
+
+def bytes_received() -> int:
+    """Bytes that this rank received in `gather_rows` and its gradient, and in tables, since the last call."""
+    global _received
+    received, _received = _received, 0
+    return received
 
 
 def gather_table(values: dict[str, float]) -> list[dict[str, float]]:

@@ -7,11 +7,14 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import groups
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from laser_dist.batch import PackedBatch, Views
 from laser_dist.errors import UserError
@@ -26,8 +29,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def init_distributed() -> torch.device:
-    """Join the process group of the launcher (a group of one without a launcher) and return this rank's device."""
+def init_distributed(timeout: float = 600.0) -> torch.device:
+    """Join the process group of the launcher (a group of one without a launcher) and return this rank's device.
+
+    `timeout`: seconds that a collective waits for other ranks.
+    """
     cuda = torch.cuda.is_available()
     if not cuda:
         # DeepSpeed would compile a shared-memory all-reduce for CPUs at first use: a minute and a half, for nothing.
@@ -39,7 +45,9 @@ def init_distributed() -> torch.device:
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timedelta(seconds=timeout))
+    # ZeRO talks in a clone of this group, which would keep torch's own timeout: 30 minutes for gloo.
+    distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), groups._clone_world_group())
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 

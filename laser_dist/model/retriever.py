@@ -16,6 +16,7 @@ from laser_dist.model.attention import LatentKV
 from laser_dist.model.padded import PaddedKV
 from laser_dist.model.thinking import SoftToken, aligned_segments
 from laser_dist.model.varlen import PackedKV, choose_attention, head_size, varlen_function
+from laser_dist.observability.spans import span
 
 
 class LaserRetriever(nn.Module):
@@ -64,7 +65,8 @@ class LaserRetriever(nn.Module):
         thoughts = [state_RD] if self.convention == "official" else []
         entropies = []
         for step in range(1, self.steps + 1 - len(thoughts)):
-            soft_RD, entropy = self.soft_token(self.base.get_output_embeddings()(state_RD))
+            with span("soft token"):
+                soft_RD, entropy = self.soft_token(self.base.get_output_embeddings()(state_RD))
             state_RD = self._sweep(soft_RD, batch.positions_T[prompt_end_R] + step, store, step)
             thoughts.append(state_RD)
             entropies.append(entropy)
@@ -82,9 +84,10 @@ class LaserRetriever(nn.Module):
 
     def _sweep(self, inputs_XD: Tensor, positions_X: Tensor, store: LatentKV, step: int) -> Tensor:
         """One pass through all layers; X is T for the prefix and R for a step."""
-        output = self.decoder(
-            inputs_embeds=inputs_XD[None], position_ids=positions_X[None], latent=(store, step), use_cache=False
-        )
+        with span(f"latent step {step}" if step else "prefix sweep"):
+            output = self.decoder(
+                inputs_embeds=inputs_XD[None], position_ids=positions_X[None], latent=(store, step), use_cache=False
+            )
         if store.layers != self.base.config.num_hidden_layers:
             raise UserError(
                 f"{type(self.base).__name__}: {store.layers} of {self.base.config.num_hidden_layers} layers go "

@@ -8,21 +8,31 @@ from contextlib import contextmanager
 
 import torch
 
+from laser_dist.observability.spans import span
+
 
 class StepClock:
-    """Adds up seconds per phase; on a GPU each phase ends with a synchronisation, or its work would be booked later."""
+    """Adds up seconds per phase; on a GPU each phase ends with a synchronisation, or its work would be booked later.
+
+    A phase inside another is booked once, on the inner one. Phases are spans of a trace, too.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.seconds: dict[str, float] = defaultdict(float)
+        self._inner = 0.0  # seconds of the phases inside the current one
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        outer, self._inner = self._inner, 0.0
         start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] += time.perf_counter() - start
+        with span(name):
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        self.seconds[name] += seconds - self._inner
+        self._inner = outer + seconds
 
     def reset(self) -> dict[str, float]:
         """Seconds per phase since the last reset."""

@@ -4,12 +4,17 @@ import contextlib
 import json
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from laser_dist.config import RunConfig, to_toml
 from laser_dist.files import replacing
 from laser_dist.objective.alignment import TERMS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # name -> (unit, how it is reduced over ranks, what it says)
 SCALARS = {
@@ -34,10 +39,42 @@ SCALARS = {
     "data/skipped_examples": ("examples", "sum", "distinct examples left out so far, those of damaged shards included"),
     "speed/tokens_per_second": ("tokens/s", "sum", "packed tokens, all ranks"),
     "speed/queries_per_second": ("queries/s", "sum", "all ranks"),
-    "time/data": ("s", "mean", "per step, waiting for data"),
-    "time/forward": ("s", "mean", "per step, both views and the objective"),
+    "speed/tokens_per_sweep": (
+        "tokens",
+        "mean",
+        "that a sweep of all layers sees: the packed one, and those of latent steps",
+    ),
+    "speed/model_tflops": (
+        "TFLOP/s",
+        "mean",
+        "per rank, without what is computed twice; formula in observability/flops.py",
+    ),
+    "speed/mfu": (
+        "share",
+        "mean",
+        "of the device's bfloat16 peak (see logging.peak_tflops); absent where that is unknown",
+    ),
+    "time/data": ("s", "mean", "per step, until a rank has its own batch"),
+    "time/wait": ("s", "mean", "per step, until all ranks have theirs"),
+    "time/forward": ("s", "mean", "per step, both views; with ZeRO-3 its gathers, and waiting in them"),
+    "time/loss": ("s", "mean", "per step, the objective; its gathers, and waiting for the slowest rank in them"),
     "time/backward": ("s", "mean", "per step, gradient reduction included"),
     "time/optimizer": ("s", "mean", "per step"),
+    "ranks/slowest": ("rank", "the rank", "that waited least for others before backward, see ranks/lag"),
+    "ranks/lag": (
+        "s",
+        "median - min",
+        "of time/wait + time/loss: what the slowest rank makes others wait (not in ZeRO-3's gathers)",
+    ),
+    "ranks/imbalance": ("1", "max / mean", "model FLOPs of a rank's texts; 1: all ranks have equally much to do"),
+    "communication/gathered": (
+        "MiB",
+        "mean",
+        "received per step by gathers of passages, keys and gradients; not ZeRO's, not the ring's",
+    ),
+    "profile/compute": ("share", "mean", "of traced steps; kernels run, or operators on CPU"),
+    "profile/communication": ("share", "mean", "of traced steps; collectives run and no kernel does"),
+    "profile/idle": ("share", "mean", "of traced steps; neither"),
     "memory/peak": ("GiB", "max", "peak of the accelerator's allocations, or of the process's resident set on CPU"),
 }
 
@@ -51,7 +88,12 @@ CHARTS = {
         "dev": ["dev/.*"],
         "in-batch": ["train/latent_top1_accuracy", "train/explicit_top1_accuracy"],
     },
-    "speed": {"seconds per step": [name for name in SCALARS if name.startswith("time/")]},
+    "speed": {
+        "seconds per step": [name for name in SCALARS if name.startswith("time/")],
+        "share of the peak": ["speed/mfu"],
+        "traced steps": [name for name in SCALARS if name.startswith("profile/")],
+    },
+    "ranks": {"seconds that the slowest makes others wait": ["ranks/lag"], "imbalance": ["ranks/imbalance"]},
 }
 
 
@@ -87,6 +129,17 @@ class MetricsLog:
         self.writer.add_text("legend", "| scalar | unit | over ranks | meaning |\n|---|---|---|---|\n" + legend)
         self.writer.flush()
 
+    def text(self, step: int, name: str, markdown: str) -> None:
+        if self.writer is not None:
+            self.writer.add_text(name, markdown, step)
+            self.writer.flush()
+
+    def figure(self, step: int, name: str, figure: "Figure") -> None:
+        """A chart, drawn once; needs matplotlib."""
+        if self.writer is not None:
+            self.writer.add_image(name, _pixels(figure), step, dataformats="HWC")
+            self.writer.flush()
+
     def _forget_after(self, step: int) -> None:
         if not self.file.is_file():
             return
@@ -104,3 +157,12 @@ class MetricsLog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def _pixels(figure: "Figure") -> np.ndarray:
+    """(height, width, 3) uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]

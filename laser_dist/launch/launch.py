@@ -1,0 +1,111 @@
+"""`laser-dist launch`: DeepSpeed's launcher under supervision, and again after a failure."""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from laser_dist.errors import UserError
+from laser_dist.launch.attempt import Attempt, Result, Signals
+from laser_dist.launch.options import HELP, Job, parse
+from laser_dist.run_folder import latest_checkpoint
+
+LONGEST_BACKOFF = 300.0
+WAIT_FOR_HOSTS = 600.0
+"""Seconds that a host may take to come back before a restart; a reboot takes minutes."""
+
+
+def main(arguments: list[str]) -> int:
+    """Returns 0 when the run is finished, 2 after a user error, 75 after a clean stop, 1 after the last failure."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    job = parse(arguments)
+    with Signals() as signals:
+        job = _ready(job)
+        return _supervise(job, signals).code
+
+
+def say(line: str) -> None:
+    print(f"launch: {line}", file=sys.stderr, flush=True)
+
+
+def _ready(job: Job) -> Job:
+    """All hosts answer, none of them still works on this run, and rank 0's address is known."""
+    running = job.hosts.processes(job.output, "end" if job.takeover else "count")
+    if silent := [host for host, number in running.items() if number is None]:
+        raise UserError(
+            f"{', '.join(silent)}: no answer over ssh, or no {sys.executable} there. Try `pdsh -R ssh -w {silent[0]} "
+            f"{sys.executable} --version`, or leave the host out with --exclude {silent[0]}"
+        )
+    if not job.takeover and (busy := [f"{n} on {host}" for host, n in running.items() if n]):
+        raise UserError(
+            f"{job.output}: processes of this run are still there ({', '.join(busy)}): wait for it, choose another "
+            "--output, or end them with --takeover"
+        )
+    if not job.hosts.remote or "--master_addr" in job.launcher:
+        return job
+    first = next(iter(job.hosts.slots))
+    addresses = job.hosts.run("hostname -I", only=first).get(first, "").split()
+    if not addresses:
+        raise UserError(f"{first} does not tell its address (hostname -I): give it with --master_addr")
+    return replace(job, launcher={**job.launcher, "--master_addr": addresses[0]})
+
+
+def _supervise(job: Job, signals: Signals) -> Result:
+    """Attempts, until one ends the run or there is no use in another."""
+    before = _progress(job.output)
+    failures_there = 0
+    for number in range(1, job.max_restarts + 2):
+        result = Attempt(job, number, signals, say).run()
+        say(f"attempt {number} of {job.max_restarts + 1} {result.verdict}")
+        if result.code != 1 or signals.count:
+            return result
+        now = _progress(job.output)
+        failures_there = 1 if now != before or number == 1 else failures_there + 1
+        before = now
+        where = f"step {now}" if now else "no checkpoint yet"
+        if number > job.max_restarts:
+            return result
+        if failures_there > 1:
+            say(f"no restart: two failures in a row without a new checkpoint ({where})")
+            return result
+        pause = min(job.backoff * 2 ** (number - 1), LONGEST_BACKOFF)
+        say(f"restart {number} of {job.max_restarts} in {pause:.0f} s, from {where}")
+        if not _wait(pause, signals) or not _hosts_back(job, signals):
+            return result
+    raise AssertionError("unreachable")
+
+
+def _progress(output: Path) -> int:
+    """Step of the newest complete checkpoint; 0 if there is none."""
+    try:
+        return int(latest_checkpoint(output).name.partition("-")[2])
+    except (UserError, ValueError):
+        return 0
+
+
+def _hosts_back(job: Job, signals: Signals) -> bool:
+    """Wait until every host answers, and end there what the last attempt left."""
+    deadline = time.monotonic() + WAIT_FOR_HOSTS
+    told: list[str] = []
+    while silent := [host for host, n in job.hosts.processes(job.output, "end").items() if n is None]:
+        if silent != told:
+            say(f"waiting up to {WAIT_FOR_HOSTS:.0f} s for {', '.join(silent)} to answer")
+            told = silent
+        if time.monotonic() > deadline:
+            say(f"no restart: {', '.join(silent)} did not come back; leave it out with --exclude {silent[0]}")
+            return False
+        if not _wait(5, signals):
+            return False
+    return True
+
+
+def _wait(seconds: float, signals: Signals) -> bool:
+    """False if a signal came meanwhile."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not signals.count:
+        time.sleep(0.1)
+    if signals.count:
+        say(f"{signals.name}: no restart")
+    return not signals.count
