@@ -10,6 +10,7 @@ usage: launchers/test.sh [PYTEST ARGUMENTS]
   launchers/test.sh                        everything that this machine can run
   launchers/test.sh -m "not slow"          the quick part
   launchers/test.sh tests/test_config.py   one file
+  launchers/test.sh -n 0                   in one process, one test after the other
 HELP
   exit 0
 fi
@@ -22,5 +23,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 # Tests run even when lint fails: one run then tells everything. The exit code is a failure if either failed.
 status=0
 make --keep-going --no-print-directory check || status=1
-python -m pytest "$@" || status=$?
+workers=$(nproc)
+# A file stays on one worker, so that what its tests share is made once.
+python -m pytest -n "$((workers < 4 ? workers : 4))" --dist loadfile "$@" || status=$?
 exit "$status"
