@@ -7,6 +7,7 @@
 Peaks of a process would count its allocator as well; these bytes are the same on every machine.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from laser_dist.objective.alignment import AlignmentObjective
 from laser_dist.optim import build_optimizer
 from laser_dist.planning.counters import CPU_ATTENTION, Collectives, LiveBytes, all_tensors, saving, storages
 from laser_dist.planning.shapes import Shape
+from laser_dist.testing.published import PublishedStep, all_rows_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class Case:
     dtype: str = "float32"
     lora_rank: int = 0
     checkpointing: bool = False
+    published: bool = False  # the published step instead of ours, to compare with
 
 
 @dataclass(frozen=True)
@@ -100,18 +103,23 @@ def prepared(case: Case, rank: int) -> tuple[Engine, Callable[..., Tensor]]:
     run = RunConfig(model=config, train=TrainConfig(queries_per_rank=case.queries))
     torch.manual_seed(0)
     lm = prepare_for_training(random_model(case.shape, case.dtype), config)
-    retriever = LaserRetriever(lm, steps=case.steps)
-    engine = Engine(retriever, build_optimizer(retriever, run.optimizer), case.ds_config)
+    retriever: Any = LaserRetriever(lm, steps=case.steps)
     objective = AlignmentObjective(ObjectiveConfig(mask_false_negatives=False), 0.05)
+    loss_of: Any = objective
+    if case.published:
+        lm.set_attn_implementation("sdpa")  # type: ignore[operator]
+        retriever = PublishedStep(lm, steps=case.steps, checkpointing=case.checkpointing)
+        loss_of = functools.partial(all_rows_loss, objective)
+    engine = Engine(retriever, build_optimizer(retriever, run.optimizer), case.ds_config)
     batch = random_batch(case, rank).to(engine.device)
 
     def forward_backward(saved: dict[int, int] | None = None) -> Tensor:
         if saved is None:
-            loss = objective(engine(batch), batch, 0).total
+            loss = loss_of(engine(batch), batch, 0).total
         else:
             with saving(saved, engine.module.parameters()):
                 views = engine(batch)
-            loss = objective(views, batch, 0).total
+            loss = loss_of(views, batch, 0).total
         engine.backward(loss)
         return loss
 
