@@ -351,7 +351,7 @@ class ProfileConfig:
     """Cycles."""
 
     def __post_init__(self) -> None:
-        for name, least in (("active", 0), ("wait", 0), ("warmup", 0), ("repeat", 1)):
+        for name, least in (("active", 0), ("wait", 0), ("warmup", 1), ("repeat", 1)):
             value = getattr(self, name)
             _require(value >= least, f"profile.{name}", value, f"must be at least {least}")
 

@@ -42,7 +42,7 @@ SCALARS = {
     "speed/tokens_per_sweep": (
         "tokens",
         "mean",
-        "that a sweep of all layers sees: the packed one, and those of latent steps",
+        "per sweep of all layers, packed and latent ones; GradCache's chunks taken together",
     ),
     "speed/model_tflops": (
         "TFLOP/s",
@@ -90,7 +90,7 @@ CHARTS = {
     },
     "speed": {
         "seconds per step": [name for name in SCALARS if name.startswith("time/")],
-        "share of the peak": ["speed/mfu"],
+        "TFLOP/s of a rank": ["speed/model_tflops"],
         "traced steps": [name for name in SCALARS if name.startswith("profile/")],
     },
     "ranks": {"seconds that the slowest makes others wait": ["ranks/lag"], "imbalance": ["ranks/imbalance"]},
@@ -122,7 +122,12 @@ class MetricsLog:
         """The resolved config and the legend of all scalars, as TensorBoard text."""
         if self.writer is None:
             return
-        layout = {name: {title: ["Multiline", tags] for title, tags in some.items()} for name, some in CHARTS.items()}
+        empty = {"dev"} if config.evaluation.corpus is None else set()
+        empty |= set() if config.profile.active else {"traced steps"}
+        layout = {
+            name: {title: ["Multiline", tags] for title, tags in charts.items() if title not in empty}
+            for name, charts in CHARTS.items()
+        }
         self.writer.add_custom_scalars(layout)
         self.writer.add_text("config", "```toml\n" + to_toml(config) + "```")
         legend = "\n".join(f"| {n} | {u} | {r} | {d} |" for n, (u, r, d) in SCALARS.items())

@@ -25,8 +25,8 @@ def table_of(ranks: list[TraceSummary], folder: Path) -> str:
     first = ranks[0]
     what = "kernels" if first.device == "cuda" else "operators, without those they call"
     lines = [
-        f"**{first.steps} steps of {len(ranks)} ranks**, seconds per step. Open `{folder}/rank-*.json.gz` in "
-        "[Perfetto](https://ui.perfetto.dev); nothing is uploaded.",
+        f"Steps traced: {first.steps}, ranks: {len(ranks)}; all figures are means per step. Open "
+        f"`{folder}/rank-*.json.gz` in [Perfetto](https://ui.perfetto.dev); nothing is uploaded.",
         "",
         "| rank | step | compute | communication alone | behind compute | idle | peak GiB |",
         "|---|---|---|---|---|---|---|",
@@ -52,7 +52,7 @@ def figures_of(ranks: list[TraceSummary]) -> "dict[str, Figure]":
     first = ranks[0]
     what = "Kernels" if first.device == "cuda" else "Operators (self time)"
     labels = [(name, seconds) for name, seconds in first.spans.items() if name != "step"]
-    operators = [(_short(name, 44), seconds) for name, _, seconds in first.operators[:15]]
+    operators = [(_short(name, 32), seconds) for name, _, seconds in first.operators[:15]]
     return {
         "1_ranks": _split(ranks),
         "2_labels": _bars(labels, "Labels of rank 0", first.wall),
@@ -85,9 +85,10 @@ def _bars(values: list[tuple[str, float]], title: str, wall: float) -> "Figure":
     axes.barh(range(len(values)), lengths, color=colours, height=0.7)
     axes.set_yticks(range(len(values)), [name for name, _ in values])
     for row, milliseconds in enumerate(lengths):
-        axes.text(milliseconds, row, f" {milliseconds / wall / 1e3:.1%}", va="center", color=_DARK, fontsize=8)
+        axes.text(milliseconds, row, f" {milliseconds / wall / 1e3:.1%}", va="center", color=_DARK, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * max(lengths, default=1.0))
+    axes.set_xlim(0, 1.16 * max(lengths, default=1.0))
+    axes.locator_params(axis="x", nbins=5)
     axes.set(xlabel="ms per step (share of the step)", title=title)
     return _finished(figure, axes)
 
@@ -104,20 +105,23 @@ def _memory(ranks: list[TraceSummary]) -> "Figure":
     axes.set(xlabel="seconds", ylabel="GiB", title=f"Memory {since}{some}")
     axes.set_ylim(bottom=0)
     if axes.lines:
-        axes.legend(ncols=2, fontsize=8)
+        figure.legend(ncols=2, fontsize=8, loc="outside lower center", frameon=False)
     return _finished(figure, axes)
 
 
 def _figure(height: float) -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5, height), layout="constrained", dpi=110)
+    # TensorBoard shows images 350 pixels wide: letters must be large for the chart. A click shows all pixels.
+    figure = Figure(figsize=(5.2, 0.8 * height), layout="constrained", dpi=200)
     return figure, figure.add_subplot()
 
 
 def _finished(figure: "Figure", axes: "Axes") -> "Figure":
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=9)
+    axes.tick_params(labelsize=8)
+    axes.title.set_fontsize(10)
+    axes.xaxis.label.set_fontsize(8)
     return figure
 
 

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -58,8 +59,11 @@ class StepProfiler:
         self.folder = output / "profile"
         self.device, self.log, self.say = device, log, say
         self.profile: profile | None = None
+        self.tracing = False
         self.finished = 0  # the last step that was trained
         if config.active:
+            # They are saved by then.
+            warnings.filterwarnings("ignore", message=".*Profiler clears events at the end of each cycle")
             cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
             self.profile = profile(
                 activities=[ProfilerActivity.CPU, *cuda],
@@ -79,15 +83,14 @@ class StepProfiler:
             yield
         self.finished = number
         self.profile.step()  # saves, at the end of a cycle
-        self._follow()
+        self._trace(self.profile.current_action != ProfilerAction.NONE)
 
-    def _follow(self) -> None:
+    def _trace(self, on: bool) -> None:
         """Name spans, and record allocations, only in steps that are traced."""
-        assert self.profile is not None
-        traced = self.profile.current_action != ProfilerAction.NONE
-        trace_spans(traced)
-        if self.device.type == "cuda":
-            torch.cuda.memory._record_memory_history("all" if traced else None, stacks="python")
+        if on != self.tracing and self.device.type == "cuda":
+            torch.cuda.memory._record_memory_history("all" if on else None, max_entries=100_000, clear_history=on)
+        self.tracing = on
+        trace_spans(on)
 
     def _save(self, finished: profile) -> None:
         """Write this rank's trace; rank 0 also the summary of all. A collective."""
@@ -115,12 +118,12 @@ class StepProfiler:
         self.log.text(self.finished, "profile", table_of(ranks, folder))
         for name, figure in figures_of(ranks).items():
             self.log.figure(self.finished, f"profile/{name}", figure)
-        self.say(f"profile of {ranks[0].steps} steps: open {folder}/rank-*.json.gz in https://ui.perfetto.dev")
+        self.say(f"profile up to step {self.finished}: open {folder}/rank-*.json.gz in https://ui.perfetto.dev")
 
     def __enter__(self) -> "StepProfiler":
         if self.profile is not None:
             self.profile.start()
-            self._follow()
+            self._trace(self.profile.current_action != ProfilerAction.NONE)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -128,4 +131,4 @@ class StepProfiler:
             # A cycle that the end of the run cut off is not kept: saving is a collective, and ranks may be gone.
             self.profile.on_trace_ready = None
             self.profile.stop()
-            trace_spans(False)
+            self._trace(False)

@@ -139,7 +139,8 @@ def finished(setting: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished"
     run("train", setting / "recipe.toml", "--output", folder, "--evaluation.corpus", setting / "corpus.jsonl",
         "--evaluation.queries", setting / "queries.jsonl", "--evaluation.qrels", setting / "qrels.tsv",
-        "--evaluation.every", 3, "--logging.term-gradient-norms-every", 2, "--checkpoint.keep", 1)  # fmt: skip
+        "--evaluation.every", 3, "--logging.term-gradient-norms-every", 2, "--checkpoint.keep", 1,
+        "--profile.active", 1, "--profile.wait", 1, "--logging.peak-tflops", 0.1)  # fmt: skip
     return folder
 
 
