@@ -109,7 +109,6 @@ def job_of(name: str, ranks: int, lora_rank: int, checkpointing: bool, dtype: st
         dtype=dtype,
         lora_rank=lora_rank,
         checkpointing=checkpointing,
-        attention="sdpa",
         strategy=replace(strategy, bucket=BUCKET if strategy.bucket else 0, live=live, prefetch=0),
     )
 

@@ -98,8 +98,6 @@ class Job:
     checkpointing: bool = False
     chunk_tokens: int = 0
     """GradCache in chunks of at most so many tokens; 0: none."""
-    attention: str = "varlen"
-    """varlen (flash-attn or torch's own, on a GPU) reads keys and values where they lie; sdpa copies them."""
 
     @property
     def element(self) -> int:

@@ -158,7 +158,7 @@ def _saved(job: Job, share: float) -> float:
     if job.checkpointing:
         return (tokens + soft) * s.layers * e * s.hidden + ends
     kv = 2 * e * s.kv_heads * s.head
-    return (tokens + soft) * s.layers * (saved_per_token(job) + kv) + _copied_kv(job, share) + ends
+    return (tokens + soft) * s.layers * (saved_per_token(job) + kv) + ends
 
 
 def _one_layer(job: Job, share: float) -> float:
@@ -173,14 +173,6 @@ def _one_layer(job: Job, share: float) -> float:
 
 def _prompt_tokens(job: Job) -> int:
     return job.queries * (job.query_tokens + job.passages * job.passage_tokens)
-
-
-def _copied_kv(job: Job, share: float) -> float:
-    """With sdpa each soft token reads its prompt's keys and values from one tensor of them and the earlier ones."""
-    if job.attention != "sdpa":
-        return 0.0
-    kv = 2 * job.element * job.shape.kv_heads * job.shape.head
-    return job.soft * _prompt_tokens(job) * share * kv * job.shape.layers
 
 
 def _latent_kv(job: Job, share: float) -> tuple[float, float]:
@@ -210,6 +202,6 @@ def _update(job: Job) -> float:
     own = job.trained / (job.ranks if job.strategy.stage else 1)
     if job.strategy.offload_optimizer:
         return 0.0
-    # ZeRO-3 updates 1e9 weights at a time. Per weight: its gradient in float32, and AdamW's denominator.
+    # ZeRO-3 updates 1e9 weights at a time. Per weight: its gradient in float32; fused AdamW needs nothing beside it.
     at_once = min(own, 1e9) if job.strategy.stage == 3 else own
-    return at_once * (4 + (4 if job.dtype == "bfloat16" else 0))
+    return at_once * (4 if job.dtype == "bfloat16" else 0)

@@ -19,9 +19,9 @@ _KERNELS, _LAUNCH = 30, 5e-6
 # Bytes per weight that AdamW moves (gradient, weight, two states, read and written; the weight in the model's dtype),
 # and bytes per second of a node's NVMe drives.
 _ADAM, _NVME_RATE = 34, 5e9
-# Seconds per weight on the host: torch's AdamW, not fused, took 52 to 72 ns on one thread (2026-11-23, torch 2.13.0,
-# AMD EPYC, other work on the machine; fused 8 ns); a GPU's share of a host is taken to be 12 cores.
-_HOST_ADAM = 60e-9 / 12
+# Seconds per weight on the host: torch's fused AdamW took 8 ns on one thread (2026-11-23, torch 2.13.0, AMD EPYC, other
+# work on the machine); a GPU's share of a host is taken to be 12 cores.
+_HOST_ADAM = 8e-9 / 12
 
 
 @dataclass(frozen=True)

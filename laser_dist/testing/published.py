@@ -53,6 +53,10 @@ class PublishedStep(nn.Module):
         self.convention = convention
         self.checkpointing = checkpointing
 
+    def external_parameters(self) -> list[nn.Parameter]:
+        """What ZeRO-3 must have at hand here; the published code does not tell it, and cannot run under ZeRO-3."""
+        return [self.lm.get_input_embeddings().weight]  # type: ignore[operator]
+
     def forward(self, batch: PackedBatch) -> Views:
         return self.views(batch)
 
