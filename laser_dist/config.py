@@ -312,10 +312,15 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; one is always written at the end. 0: only then."""
     keep: int = 2
     """Newest checkpoints kept besides the best one."""
+    max_shard_gb: float = 5.0
+    """Largest safetensors file of the model in GB, of which rank 0 holds one at a time while it saves."""
+    asynchronous: bool = False
+    """Train on while files are put on disk and hashed; a checkpoint then is there some steps after its own."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "checkpoint.every", self.every, "must be 0 or more")
         _require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
+        _require(self.max_shard_gb > 0, "checkpoint.max_shard_gb", self.max_shard_gb, "must be more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)

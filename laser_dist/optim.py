@@ -9,11 +9,11 @@ from laser_dist.config import OptimizerConfig
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; vectors (norms, biases) do not decay. Call it before sharding."""
+    """AdamW over the trained parameters; vectors (norms, biases) do not decay."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if _dimensions(p) >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if _dimensions(p) < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]],
@@ -22,6 +22,11 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.A
         eps=config.eps,
         fused=True,  # one pass over the states instead of ten: seven times faster on a CPU thread
     )
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: ZeRO-3's parts are flat."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:

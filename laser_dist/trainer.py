@@ -66,7 +66,7 @@ class Trainer:
         self.kernel = self.objective.kernel_on(device)
         self.attention = check_attention(config.model, device)
         torch.manual_seed(config.seed)
-        lm = prepare_for_training(load_backbone(config.model), config.model)
+        lm = prepare_for_training(load_backbone(config.model, ds_config), config.model)
         self.retriever = LaserRetriever(
             lm,
             steps=config.thinking.steps,
@@ -169,19 +169,27 @@ class Trainer:
         """Evaluate and save where due; True if the run ends here."""
         every_evaluation, every_save = self.config.evaluation.every, self.config.checkpoint.every
         last = step == self.total_steps
-        stop = any(row["stop"] for row in gather_table({"stop": float(self.stop_requested)}))
+        flags = {"stop": float(self.stop_requested), "sealed": float(self.store.sealed)}
+        table = gather_table(flags)
+        stop = any(row["stop"] for row in table)
+        if all(row["sealed"] for row in table):  # so that all ranks publish after the same step
+            self._publish()
         evaluation_due = last or (every_evaluation and step % every_evaluation == 0)
         metric = self._evaluate(step) if evaluation_due and (last or not stop) else None
         improved = metric is not None and (self.best_metric is None or metric > self.best_metric)
         if last or stop or improved or (every_save and step % every_save == 0):
             state = TrainerState(step, world_size(), self.engine.stage, self._fingerprint(), metric, self.position)
-            saved = self.store.save(self.engine, state, self.text.tokenizer, self.card)
+            self._publish()
+            self.store.save(self.engine, state, self.text.tokenizer, self.card, best=improved)
             if improved:
                 self.best_metric = metric
-                self.store.mark_best(saved)
-            self.store.prune()
-            self.progress.say(f"saved {saved}" + (" (stopping: a signal asked for it)" if stop else ""))
+            if last or stop or not self.config.checkpoint.asynchronous:
+                self._publish(" (stopping: a signal asked for it)" if stop else "")
         return stop or last
+
+    def _publish(self, why: str = "") -> None:
+        if saved := self.store.publish():
+            self.progress.say(f"saved {saved}{why}")
 
     def _evaluate(self, step: int) -> float | None:
         if self.dev is None:
@@ -198,11 +206,11 @@ class Trainer:
         if not self.config.resume:
             return 0
         checkpoint, skipped = self.store.newest_complete()
-        for reason in skipped:
+        for reason in skipped if rank() == 0 else ():
             print(f"skipped an incomplete checkpoint: {reason}", flush=True)
         if checkpoint is None:
             return 0
-        state = self.store.load(self.engine, checkpoint, self._fingerprint())
+        state = self.store.load(self.engine, checkpoint, self._fingerprint(), self.config.seed)
         self.position = state.step * self.queries_per_step if state.position is None else state.position
         self.total_steps = total_steps(self.config, self.data, self.queries_per_step, state.step, self.position)
         return state.step
@@ -247,12 +255,13 @@ class Trainer:
         """Hash of what must not change on resume: all that decides the numbers, the data itself included.
 
         Not where the data lies or who reads it, nor how many queries a step takes: the data goes on at its position.
+        Not how ZeRO shards either: a checkpoint is converted.
         """
         kept = ("seed", "model", "thinking", "text", "data", "objective", "optimizer", "train")
         table = {name: value for name, value in asdict(self.config).items() if name in kept}
         order = ("homogeneous", "negatives", "shuffle", "shuffle_shards")
         table["data"] = {name: table["data"][name] for name in order} | {"sets": self.data.fingerprint()}
-        for name in ("queries_per_rank", "chunk_tokens", "reduce_gradients"):
+        for name in ("queries_per_rank", "chunk_tokens", "reduce_gradients", "deepspeed"):
             del table["train"][name]
         del table["model"]["activation_checkpointing"], table["model"]["attention"]
         del table["objective"]["kernel"], table["objective"]["passages"]

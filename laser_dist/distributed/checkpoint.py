@@ -6,35 +6,33 @@ checkpoints/step-000020/
   rng_*.safetensors, trainer.json, manifest.json (size and SHA-256 of every file)
 checkpoints/latest, checkpoints/best   name the newest and the best one
 
-1. All ranks write into a hidden staging folder. 2. After a barrier rank 0 writes the manifest and syncs to disk.
-3. Rename. 4. Only then `latest` moves. A crash anywhere leaves the earlier checkpoints and nothing that looks complete.
+1. All ranks write into a hidden staging folder. 2. After a barrier they sync and hash what is there, each a share, in a
+thread; with `checkpoint.asynchronous` training goes on meanwhile. 3. Rank 0 writes the manifest and renames the folder.
+4. Only then `latest` moves. A crash anywhere leaves the earlier checkpoints and nothing that looks complete.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from laser_dist.config import CheckpointConfig
 from laser_dist.distributed.collectives import barrier, gather_objects, rank, world_size
 from laser_dist.distributed.engine import Engine
+from laser_dist.distributed.manifest import Sealing, verify, write_manifest
+from laser_dist.distributed.pickles import safe_load
+from laser_dist.distributed.universal import load_converted
+from laser_dist.distributed.weights import save_model
 from laser_dist.errors import UserError
 from laser_dist.files import replacing, sync_folder
 from laser_dist.retrieval.card import RetrieverCard
-
-# What DeepSpeed stores beside tensors (stages 3, and 1 and 2); nothing else is unpickled.
-SAFE_GLOBALS = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
 
 
 @dataclass(frozen=True)
@@ -57,39 +55,66 @@ class CheckpointStore:
     def __init__(self, folder: Path, config: CheckpointConfig):
         self.folder = folder
         self.config = config
+        self.sealing: Sealing | None = None
 
     def save(
-        self, engine: Engine, state: TrainerState, tokenizer: PreTrainedTokenizerBase, card: RetrieverCard
-    ) -> Path:
-        """Write a checkpoint of `state.step` and point `latest` at it; returns its folder."""
-        final = self.folder / f"step-{state.step:06d}"
-        staging = self.folder / f".{final.name}.partial"
+        self,
+        engine: Engine,
+        state: TrainerState,
+        tokenizer: PreTrainedTokenizerBase,
+        card: RetrieverCard,
+        *,
+        best: bool = False,
+    ) -> None:
+        """Write a checkpoint of `state.step`, which `publish` completes; an earlier one must be published before."""
+        assert self.sealing is None, "publish the checkpoint before"
+        self.final, self.best = self.folder / f"step-{state.step:06d}", best
+        staging = self.folder / f".{self.final.name}.partial"
         if rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)
+            for stale in self.folder.glob(".step-*.*"):  # of a save or a conversion that was killed
+                shutil.rmtree(stale)
             staging.mkdir(parents=True)
         barrier()
-        _save_model(engine, staging / "model", tokenizer, card)
+        save_model(engine, staging / "model", self.config.max_shard_gb)
+        if rank() == 0:
+            tokenizer.save_pretrained(staging / "model")
+            card.save(staging / "model")
+            (staging / "trainer.json").write_text(json.dumps(asdict(state)) + "\n")
         frozen = any(not p.requires_grad for p in engine.module.parameters())
         engine.ds.save_checkpoint(str(staging), tag="deepspeed", save_latest=False, exclude_frozen_parameters=frozen)
         save_file(_rng_state(engine.device), staging / f"rng_{rank():05d}.safetensors")
         barrier()
         self._require_shared(staging)
-        if rank() == 0:
-            (staging / "trainer.json").write_text(json.dumps(asdict(state)) + "\n")
-            _write_manifest(staging)
-            _rename_over(staging, final)
-            _point(self.folder / "latest", final.name)
-        barrier()
-        return final
+        self.sealing = Sealing(staging, rank(), world_size())
 
-    def mark_best(self, checkpoint: Path) -> None:
+    @property
+    def sealed(self) -> bool:
+        """Whether this rank has nothing left to do for a checkpoint that is not published."""
+        return self.sealing is None or self.sealing.done
+
+    def publish(self) -> Path | None:
+        """Complete what `save` wrote, waiting where a rank is not `sealed`: then `latest` and maybe `best` point at it.
+
+        Returns its folder, None if there is nothing to publish. UserError on all ranks if one could not write.
+        """
+        if self.sealing is None:
+            return None
+        everyone = gather_objects(self.sealing.wait())
+        staging, self.sealing = self.sealing.folder, None
+        if problems := [problem for _, problem in everyone if problem]:
+            raise UserError(f"{staging} cannot be put on disk ({problems[0]}); the checkpoint before it is good")
         if rank() == 0:
-            _point(self.folder / "best", checkpoint.name)
+            write_manifest(staging, {name: entry for found, _ in everyone for name, entry in found.items()})
+            _rename_over(staging, self.final)
+            _point(self.folder / "latest", self.final.name)
+            if self.best:
+                _point(self.folder / "best", self.final.name)
+            self.prune()
+        barrier()
+        return self.final
 
     def prune(self) -> None:
-        """Remove all but the newest `keep` checkpoints and the best one."""
-        if rank() != 0:
-            return
+        """Remove all but the newest `keep` checkpoints and the best one; for rank 0."""
         protected = {self._pointed("best"), self._pointed("latest")}
         for old in self.steps()[: -self.config.keep]:
             if old.name not in protected:
@@ -110,34 +135,37 @@ class CheckpointStore:
     def newest_complete(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose files all match their manifest, and why newer ones were skipped."""
         skipped: list[str] = []
-        chosen = None
-        for candidate in self.steps()[::-1] if rank() == 0 else []:
-            if not (defect := verify(candidate)):
-                chosen = candidate
-                break
-            skipped.append(f"{candidate}: {defect}")
-        # Rank 0 reads and hashes; the others follow its choice.
-        return gather_objects(chosen)[0], skipped
+        for candidate in gather_objects(self.steps()[::-1])[0]:  # rank 0's: files may look different elsewhere
+            defects = [defect for defect in gather_objects(verify(candidate, rank(), world_size())) if defect]
+            if not defects:
+                return candidate, skipped
+            skipped.append(f"{candidate}: {defects[0]}")
+        return None, skipped
 
-    def load(self, engine: Engine, checkpoint: Path, fingerprint: str) -> TrainerState:
-        """Restore parameters, optimizer and RNG; UserError if the run was another one."""
+    def load(self, engine: Engine, checkpoint: Path, fingerprint: str, seed: int) -> TrainerState:
+        """Restore parameters, optimizer and RNG; UserError if the run was another one.
+
+        A rank that the checkpoint does not know draws from a generator seeded with (seed, step, rank).
+        """
         state = read_state(checkpoint)
-        if (state.world_size, state.stage) != (world_size(), engine.stage):
-            raise UserError(
-                f"{checkpoint} was written by {state.world_size} ranks with ZeRO-{state.stage}, this run has "
-                f"{world_size()} with ZeRO-{engine.stage}: resume with the same, or start a new run from its model/"
-            )
         if state.fingerprint != fingerprint:
             raise UserError(
                 f"{checkpoint} belongs to another configuration (model, thinking, text, data, objective, optimizer or "
                 "batch differ); compare config.toml in the run's folder, or choose another --output"
             )
-        engine.ds.checkpoint_engine.load = _safe_load  # DeepSpeed itself would unpickle anything
-        frozen = any(not p.requires_grad for p in engine.module.parameters())
-        path, _ = engine.ds.load_checkpoint(str(checkpoint), tag="deepspeed", load_module_strict=not frozen)
-        if path is None:
-            raise UserError(f"{checkpoint}/deepspeed cannot be loaded; remove {checkpoint} to use the one before it")
-        _restore_rng(load_file(checkpoint / f"rng_{rank():05d}.safetensors"), engine.device)
+        engine.ds.checkpoint_engine.load = safe_load  # DeepSpeed itself would unpickle anything
+        # ZeRO-0 has whole states on each rank, so that the number of ranks says nothing.
+        same_ranks = state.world_size == world_size() or state.stage == 0
+        if state.stage == engine.stage and same_ranks:
+            frozen = any(not p.requires_grad for p in engine.module.parameters())
+            path, _ = engine.ds.load_checkpoint(str(checkpoint), tag="deepspeed", load_module_strict=not frozen)
+            if path is None:
+                raise UserError(
+                    f"{checkpoint}/deepspeed cannot be loaded; remove {checkpoint} to use the one before it"
+                )
+        else:
+            load_converted(engine, checkpoint, state.world_size, state.stage)
+        _restore_rng(checkpoint / f"rng_{rank():05d}.safetensors", engine.device, (seed, state.step, rank()))
         return state
 
     def _require_shared(self, staging: Path) -> None:
@@ -154,41 +182,11 @@ class CheckpointStore:
         return path.read_text().strip() if path.is_file() else None
 
 
-def verify(checkpoint: Path) -> str | None:
-    """None if every file has the size and hash that the manifest says, else the first defect."""
-    try:
-        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"manifest.json is missing or broken ({error})"
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"]:
-            return f"{name} is missing or has the wrong size"
-        if _sha256(path) != expected["sha256"]:
-            return f"{name} was altered (hash differs)"
-    return None
-
-
 def read_state(checkpoint: Path) -> TrainerState:
     try:
         return TrainerState(**json.loads((checkpoint / "trainer.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{checkpoint} is not a checkpoint of laser_dist: trainer.json: {error}") from error
-
-
-def _save_model(engine: Engine, folder: Path, tokenizer: PreTrainedTokenizerBase, card: RetrieverCard) -> None:
-    adapters = hasattr(engine.module.lm, "peft_config")
-    weights = engine.full_state_dict(only_trained=adapters)
-    if rank() == 0:
-        folder.mkdir()
-        engine.module.lm.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
-        card.save(folder)
-
-
-def _safe_load(path: str, map_location: Any = None) -> Any:
-    with torch.serialization.safe_globals(SAFE_GLOBALS):
-        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -198,22 +196,14 @@ def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def _restore_rng(state: dict[str, torch.Tensor], device: torch.device) -> None:
+def _restore_rng(path: Path, device: torch.device, otherwise: tuple[int, int, int]) -> None:
+    if not path.is_file():
+        torch.manual_seed(int(np.random.SeedSequence(otherwise).generate_state(1, np.uint64)[0]))
+        return
+    state = load_file(path)
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    with (folder / "manifest.json").open("w") as stream:
-        json.dump({"files": files}, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _rename_over(staging: Path, final: Path) -> None:
@@ -230,8 +220,3 @@ def _rename_over(staging: Path, final: Path) -> None:
 def _point(pointer: Path, name: str) -> None:
     with replacing(pointer) as temporary:
         temporary.write_text(name + "\n")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -143,15 +144,32 @@ class Engine:
         with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
             yield
 
+    def load_universal(self, folder: Path, tag: str) -> None:
+        """Restore parameters and optimizer from a checkpoint in DeepSpeed's universal format (see universal.py)."""
+        config = self.ds._config
+        config.load_universal_checkpoint = True
+        try:
+            self.ds.load_checkpoint(str(folder), tag=tag)
+        finally:
+            config.load_universal_checkpoint = False
+        # ZeRO-3 gives all its sub-groups one tensor, which each of them would then count up in every step.
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
     def full_state_dict(self, *, only_trained: bool = False) -> dict[str, Tensor]:
-        """Whole weights on rank 0's CPU, one parameter at a time (an empty dict elsewhere); tied weights once.
+        """Whole weights on rank 0's CPU (an empty dict elsewhere); tied weights once. All ranks must call it."""
+        named = self.module.lm.named_parameters()
+        return self.whole([name for name, p in named if p.requires_grad or not only_trained])
+
+    def whole(self, names: list[str]) -> dict[str, Tensor]:
+        """These parameters, whole, on rank 0's CPU, gathered one at a time (an empty dict elsewhere).
 
         Names are the causal LM's own. All ranks must call it.
         """
         state = {}
-        for name, parameter in self.module.lm.named_parameters():
-            if only_trained and not parameter.requires_grad:
-                continue
+        for name in names:
+            parameter = self.module.lm.get_parameter(name)
             with self.gathered([parameter]):
                 if self.ds.global_rank == 0:
                     state[name] = parameter.detach().cpu().clone()

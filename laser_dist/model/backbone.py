@@ -2,6 +2,8 @@
 
 import importlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,12 @@ def check_attention(config: ModelConfig, device: torch.device) -> str:
     return choose_attention(config.attention, device, DTYPES[config.dtype], head_size(hf_config))[0]
 
 
-def load_backbone(config: ModelConfig) -> nn.Module:
-    """The causal LM in its dtype on the CPU, truncated to `layers`, not yet prepared for training."""
+def load_backbone(config: ModelConfig, ds_config: dict[str, Any] | None = None) -> nn.Module:
+    """The causal LM in its dtype on the CPU, truncated to `layers`, not yet prepared for training.
+
+    With a `ds_config` of ZeRO-3 every rank has only its part of each weight, on its device, from the beginning: rank 0
+    reads the files, a module at a time, and hands out. All ranks must call it, in a process group.
+    """
     hf_config = _load(AutoConfig, config, "config")
     _check_config(hf_config, config)
     if config.layers is not None:
@@ -46,15 +52,16 @@ def load_backbone(config: ModelConfig) -> nn.Module:
     level = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        lm, loading = _load(
-            AutoModelForCausalLM,
-            config,
-            "weights",
-            config=hf_config,
-            dtype=DTYPES[config.dtype],
-            attn_implementation=PACKED_ATTENTION,
-            output_loading_info=True,
-        )
+        with _partitioned(ds_config):
+            lm, loading = _load(
+                AutoModelForCausalLM,
+                config,
+                "weights",
+                config=hf_config,
+                dtype=DTYPES[config.dtype],
+                attn_implementation=PACKED_ATTENTION,
+                output_loading_info=True,
+            )
     finally:
         logging.getLogger("transformers").setLevel(level)
     # transformers makes up weights that it does not find, and says so only in a log.
@@ -120,6 +127,21 @@ def _load(factory: Any, model: ModelConfig, what: str, **arguments: object) -> A
             f"model.name = {model.name!r}: cannot load its {what}: {reason[0] if reason else error!r} "
             "(a hub id needs network access or a cached copy; a folder needs config.json, tokenizer and safetensors)"
         ) from error
+
+
+@contextmanager
+def _partitioned(ds_config: dict[str, Any] | None) -> Iterator[None]:
+    """Inside, transformers builds models in ZeRO-3's parts, if that is what `ds_config` says."""
+    if (ds_config or {}).get("zero_optimization", {}).get("stage") != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    alive = HfDeepSpeedConfig(ds_config)  # transformers keeps a weak reference
+    try:
+        yield
+    finally:
+        del alive
 
 
 def _check_config(hf_config: PretrainedConfig, config: ModelConfig) -> None:
