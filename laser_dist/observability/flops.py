@@ -84,19 +84,19 @@ class ModelSize:
 
     @classmethod
     def of(cls, retriever: Any) -> "ModelSize":
-        """The size of a LaserRetriever; asked before ZeRO-3 takes its parameters apart."""
+        """The size of a LaserRetriever, from its modules: under ZeRO-3 its parameters are in parts."""
         config = retriever.base.config
         found = {True: 0, False: 0}
         for name, module in retriever.decoder.named_modules():
             if isinstance(module, nn.Linear):
-                found[".lora_" in name] += module.weight.numel()
+                found[".lora_" in name] += module.in_features * module.out_features
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
             matrices=found[False],
             adapters=found[True],
             width=config.num_hidden_layers * heads * head,
-            table=retriever.base.get_output_embeddings().weight.numel(),
+            table=retriever.base.get_output_embeddings().in_features * config.vocab_size,
             soft=retriever.steps - (retriever.convention == "official"),
             frozen=found[True] > 0,
         )

@@ -117,7 +117,7 @@ class LaserEncoder:
         return {
             **dataclasses.asdict(self.card),
             "layers": self.retriever.base.config.num_hidden_layers,
-            "parameters": sum(p.numel() for p in self.retriever.lm.parameters()),
+            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in self.retriever.lm.parameters()),
             "dtype": self.dtype,
         }
 

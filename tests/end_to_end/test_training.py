@@ -149,6 +149,7 @@ def test_scalars_are_documented_finite_and_in_tensorboard(finished: Path) -> Non
     assert {name for name in seen if not name.startswith("dev/")} == set(SCALARS)
     assert {"dev/ndcg@10", "dev/recall@100"} <= seen
     assert all(abs(value) < 1e9 for row in rows(finished) for value in row.values())
+    assert all(row["speed/model_tflops"] > 0 for row in rows(finished) if "speed/model_tflops" in row)
     assert all(row["train/gradient_norm"] > 0 for row in rows(finished) if "train/gradient_norm" in row)
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
