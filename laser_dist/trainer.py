@@ -4,12 +4,9 @@ batch -> Views (maybe in chunks) -> gathered passages -> four terms -> finite on
 """
 
 import contextlib
-import hashlib
-import json
 import math
 import signal
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,8 +14,7 @@ import torch
 
 from laser_dist.config import RunConfig, to_toml
 from laser_dist.data.streaming.loader import TrainingBatch, training_batches
-from laser_dist.data.streaming.quarantine import Quarantine
-from laser_dist.data.streaming.sets import TrainingData, open_data
+from laser_dist.data.streaming.sets import open_data
 from laser_dist.data.text import TextFormat
 from laser_dist.distributed.checkpoint import CheckpointStore, TrainerState
 from laser_dist.distributed.collectives import gather_objects, gather_table, rank, world_size
@@ -37,11 +33,10 @@ from laser_dist.observability.profiler import StepProfiler, check_profile
 from laser_dist.observability.scalars import Scalars, micro_batch_scalars, step_scalars, term_gradient_norms
 from laser_dist.optim import build_optimizer, learning_rate
 from laser_dist.retrieval.card import RetrieverCard
-from laser_dist.retrieval.collection import Corpus, Qrels, Queries, read_collection
 from laser_dist.retrieval.encoder import LaserEncoder
 from laser_dist.retrieval.evaluation.evaluate import evaluate
-from laser_dist.retrieval.metrics import METRICS
 from laser_dist.run_folder import checkpoints_of
+from laser_dist.run_inputs import fingerprint, open_quarantine, read_dev_set, total_steps
 
 
 class Trainer:
@@ -178,7 +173,9 @@ class Trainer:
         metric = self._evaluate(step) if evaluation_due and (last or not stop) else None
         improved = metric is not None and (self.best_metric is None or metric > self.best_metric)
         if last or stop or improved or (every_save and step % every_save == 0):
-            state = TrainerState(step, world_size(), self.engine.stage, self._fingerprint(), metric, self.position)
+            state = TrainerState(
+                step, world_size(), self.engine.stage, fingerprint(self.config, self.data), metric, self.position
+            )
             self._publish()
             self.store.save(self.engine, state, self.text.tokenizer, self.card, best=improved)
             if improved:
@@ -210,7 +207,7 @@ class Trainer:
             print(f"skipped an incomplete checkpoint: {reason}", flush=True)
         if checkpoint is None:
             return 0
-        state = self.store.load(self.engine, checkpoint, self._fingerprint(), self.config.seed)
+        state = self.store.load(self.engine, checkpoint, fingerprint(self.config, self.data), self.config.seed)
         self.position = state.step * self.queries_per_step if state.position is None else state.position
         self.total_steps = total_steps(self.config, self.data, self.queries_per_step, state.step, self.position)
         return state.step
@@ -251,22 +248,6 @@ class Trainer:
             f"micro-batch: {ids}. Look at these examples, lower optimizer.learning_rate, or ramp objective weights in"
         )
 
-    def _fingerprint(self) -> str:
-        """Hash of what must not change on resume: all that decides the numbers, the data itself included.
-
-        Not where the data lies or who reads it, nor how many queries a step takes: the data goes on at its position.
-        Not how ZeRO shards either: a checkpoint is converted.
-        """
-        kept = ("seed", "model", "thinking", "text", "data", "objective", "optimizer", "train")
-        table = {name: value for name, value in asdict(self.config).items() if name in kept}
-        order = ("homogeneous", "negatives", "shuffle", "shuffle_shards")
-        table["data"] = {name: table["data"][name] for name in order} | {"sets": self.data.fingerprint()}
-        for name in ("queries_per_rank", "chunk_tokens", "reduce_gradients", "deepspeed"):
-            del table["train"][name]
-        del table["model"]["activation_checkpointing"], table["model"]["attention"]
-        del table["objective"]["kernel"], table["objective"]["passages"]
-        return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
-
     def _announce(self, start: int) -> None:
         model = self.config.model
         kept = f" (the first {model.layers} layers only)" if model.layers else ""
@@ -277,37 +258,3 @@ class Trainer:
             f"{self.queries_per_step} queries a step · {self.total_steps} steps"
             + (f" · resuming after step {start}" if start else "")
         )
-
-
-def total_steps(config: RunConfig, data: TrainingData, queries_per_step: int, step: int = 0, position: int = 0) -> int:
-    """Optimizer steps of the run, of which `step` took the examples before `position`.
-
-    UserError if the shards cannot serve it.
-    """
-    data.check_enough(queries_per_step)
-    if config.objective.needs_rationale and data.without_rationale:
-        places = ", ".join(config.data.sources)
-        raise UserError(
-            f"{places} holds {data.without_rationale} examples without a rationale, which the explicit "
-            "view needs: prepare with --missing-rationale drop, or set explicit, output and trajectory weights to 0"
-        )
-    left = int(config.train.epochs * data.examples) - position
-    return config.train.max_steps or max(1, step + left // queries_per_step)
-
-
-def open_quarantine(config: RunConfig, data: TrainingData, report: Path) -> Quarantine:
-    """What was skipped so far, an interrupted part of the run included; alike on all ranks, written by rank 0."""
-    quarantine = Quarantine(data.examples, config.data.max_skipped, report if rank() == 0 else None)
-    lines = report.read_text(encoding="utf-8").splitlines() if rank() == 0 and report.is_file() else []
-    quarantine.recall(gather_objects(lines)[0])
-    return quarantine
-
-
-def read_dev_set(config: RunConfig) -> tuple[Corpus, Queries, Qrels] | None:
-    """The dev collection, checked as a whole; None if the run has none."""
-    files = config.evaluation
-    if files.metric not in METRICS:
-        raise UserError(f"evaluation.metric = {files.metric!r}: must be one of {', '.join(METRICS)}")
-    if not (files.corpus and files.queries and files.qrels):
-        return None
-    return read_collection(files.corpus, files.queries, files.qrels)

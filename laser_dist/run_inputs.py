@@ -1,0 +1,65 @@
+"""What a run starts from, checked: how many steps, the dev set, what was skipped before, and what must stay the same."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from laser_dist.config import RunConfig
+from laser_dist.data.streaming.quarantine import Quarantine
+from laser_dist.data.streaming.sets import TrainingData
+from laser_dist.distributed.collectives import gather_objects, rank
+from laser_dist.errors import UserError
+from laser_dist.retrieval.collection import Corpus, Qrels, Queries, read_collection
+from laser_dist.retrieval.metrics import METRICS
+
+
+def fingerprint(config: RunConfig, data: TrainingData) -> str:
+    """Hash of what must not change on resume: all that decides the numbers, the data itself included.
+
+    Not where the data lies or who reads it, nor how many queries a step takes: the data goes on at its position.
+    Not how ZeRO shards either: a checkpoint is converted.
+    """
+    kept = ("seed", "model", "thinking", "text", "data", "objective", "optimizer", "train")
+    table = {name: value for name, value in asdict(config).items() if name in kept}
+    order = ("homogeneous", "negatives", "shuffle", "shuffle_shards")
+    table["data"] = {name: table["data"][name] for name in order} | {"sets": data.fingerprint()}
+    for name in ("queries_per_rank", "chunk_tokens", "reduce_gradients", "deepspeed"):
+        del table["train"][name]
+    del table["model"]["activation_checkpointing"], table["model"]["attention"]
+    del table["objective"]["kernel"], table["objective"]["passages"]
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def total_steps(config: RunConfig, data: TrainingData, queries_per_step: int, step: int = 0, position: int = 0) -> int:
+    """Optimizer steps of the run, of which `step` took the examples before `position`.
+
+    UserError if the shards cannot serve it.
+    """
+    data.check_enough(queries_per_step)
+    if config.objective.needs_rationale and data.without_rationale:
+        places = ", ".join(config.data.sources)
+        raise UserError(
+            f"{places} holds {data.without_rationale} examples without a rationale, which the explicit "
+            "view needs: prepare with --missing-rationale drop, or set explicit, output and trajectory weights to 0"
+        )
+    left = int(config.train.epochs * data.examples) - position
+    return config.train.max_steps or max(1, step + left // queries_per_step)
+
+
+def open_quarantine(config: RunConfig, data: TrainingData, report: Path) -> Quarantine:
+    """What was skipped so far, an interrupted part of the run included; alike on all ranks, written by rank 0."""
+    quarantine = Quarantine(data.examples, config.data.max_skipped, report if rank() == 0 else None)
+    lines = report.read_text(encoding="utf-8").splitlines() if rank() == 0 and report.is_file() else []
+    quarantine.recall(gather_objects(lines)[0])
+    return quarantine
+
+
+def read_dev_set(config: RunConfig) -> tuple[Corpus, Queries, Qrels] | None:
+    """The dev collection, checked as a whole; None if the run has none."""
+    files = config.evaluation
+    if files.metric not in METRICS:
+        raise UserError(f"evaluation.metric = {files.metric!r}: must be one of {', '.join(METRICS)}")
+    if not (files.corpus and files.queries and files.qrels):
+        return None
+    return read_collection(files.corpus, files.queries, files.qrels)
