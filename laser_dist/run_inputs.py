@@ -1,4 +1,4 @@
-"""What a run starts from, checked: how many steps, the dev set, what was skipped before, and what must stay the same."""
+"""What a run starts from, checked: its steps, the dev set, what was skipped before, and what must stay the same."""
 
 import hashlib
 import json
