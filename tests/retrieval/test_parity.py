@@ -233,6 +233,8 @@ def train_and_save(rank: int, world_size: int, backbone: Path, root: Path) -> di
             engine.step()
             name = f"zero{stage}-{'lora' if lora else 'full'}"
             state = TrainerState(1, world_size, stage, "", None, 3)
-            CheckpointStore(root / name, CheckpointConfig()).save(engine, state, text.tokenizer, card)
+            store = CheckpointStore(root / name, CheckpointConfig())
+            store.save(engine, state, text.tokenizer, card)
+            store.publish()
             made[name] = LaserEncoder(retriever, text, card, over_ranks=True).encode_queries(QUERIES)
     return made
