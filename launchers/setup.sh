@@ -53,7 +53,7 @@ extras=${1:-gguf}
 [[ "$extras" =~ ^[a-z,]+$ ]] || { usage >&2; fail "not a list of extras: $extras"; }
 
 # What was installed last, and from where: an editable install breaks when its folder moves.
-wanted="$extras $(pwd) $(cksum <pyproject.toml) ${TORCH:-}"
+wanted="$extras $(pwd) $(cat pyproject.toml launchers/constraints-dev.txt | cksum) ${TORCH:-}"
 stamp=".venv/laser-dist.installed"
 # dev includes gguf, so that the quickstart does not undo what the tests have set up.
 if [[ -x .venv/bin/python && -f "$stamp" ]]; then
@@ -81,6 +81,8 @@ fi
 pip=(.venv/bin/python -m pip install --disable-pip-version-check --no-input)
 # torch first: DeepSpeed's own set-up looks for it.
 phase "torch ($torch)" "${pip[@]}" setuptools wheel "$torch"
-phase "laser-dist [$extras] and what it needs" "${pip[@]}" -e ".[$extras]" "$torch"
+constraints=()
+[[ ",$extras," == *,dev,* ]] && constraints=(-c launchers/constraints-dev.txt)
+phase "laser-dist [$extras] and what it needs" "${pip[@]}" "${constraints[@]}" -e ".[$extras]" "$torch"
 echo "$wanted" >"$stamp"
 echo "setup: done in ${SECONDS}s"
