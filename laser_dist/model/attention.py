@@ -11,7 +11,6 @@ therefore recomputes a layer exactly as it ran, and the K/V that leave it keep t
 """
 
 import functools
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,28 +18,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from laser_dist.errors import UserError
+from laser_dist.model.latent_kv import LatentKV
 
 NAME = "laser_packed"
-
-
-class LatentKV(Protocol):
-    """The layout of one packed batch and the K/V that later steps read; lives for one forward and its backward."""
-
-    longest: int  # tokens of the longest row
-
-    @property
-    def layers(self) -> int:
-        """How many have stored their prefix."""
-
-    def attend_prefix(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float
-    ) -> Tensor:
-        """Step 0: query (heads, T, head), key and value (kv heads, T, head) -> (T, heads, head)."""
-
-    def attend_step(
-        self, step: int, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float
-    ) -> Tensor:
-        """Step > 0: the same with R soft tokens instead of T."""
 
 
 def packed_attention(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laser_dist.batch import PackedBatch
+from laser_dist.model.latent_kv import LatentKV
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,17 @@ class RowGroup:
     prompt_mask_RL: Tensor  # True where a cell holds a prompt token; L is the longest prompt
 
 
-class PaddedKV:
-    """See `LatentKV`."""
+class PaddedKV(LatentKV):
+    """See `LatentKV`; the prefix is K, V (kv heads, rows, L, head) of each group."""
 
     def __init__(self, batch: PackedBatch):
+        super().__init__(batch)
         rows = len(batch.lengths_R)
-        self.longest = int(batch.lengths_R.max())
         borders = sorted({0, batch.queries, rows})
         first_token_R = F.pad(batch.lengths_R.cumsum(0), (1, 0))
         self.groups = [
             _row_group(batch, slice(a, b), first_token_R) for a, b in zip(borders, borders[1:], strict=False)
         ]
-        self.prefix: dict[int, list[tuple[Tensor, Tensor]]] = {}  # layer -> per group K, V (heads, rows, L, head)
-        self.soft: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (layer, step) -> K, V (heads, R, head)
-
-    @property
-    def layers(self) -> int:
-        return len(self.prefix)
 
     def attend_prefix(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float
@@ -67,9 +62,7 @@ class PaddedKV:
     def attend_step(
         self, step: int, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float
     ) -> Tensor:
-        self.soft.setdefault((layer, step), (key, value))
-        earlier = [self.soft[layer, j] for j in range(1, step)] + [(key, value)]
-        soft_key, soft_value = (torch.stack(list(x), 2) for x in zip(*earlier, strict=True))  # (kv heads, R, j, head)
+        soft_key, soft_value = self.soft_so_far(step, layer, key, value)
         query = query.unflatten(0, (len(key), -1)).transpose(1, 2)  # (kv heads, R, queries, head)
         outputs = []
         for group, (prefix_key, prefix_value) in zip(self.groups, self.prefix[layer], strict=True):

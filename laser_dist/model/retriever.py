@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from laser_dist.batch import PackedBatch, Views
 from laser_dist.errors import UserError
-from laser_dist.model.attention import LatentKV
+from laser_dist.model.latent_kv import LatentKV
 from laser_dist.model.padded import PaddedKV
 from laser_dist.model.thinking import SoftToken, aligned_segments
 from laser_dist.model.varlen import PackedKV, choose_attention, head_size, varlen_function

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from laser_dist.batch import PackedBatch
 from laser_dist.errors import UserError
+from laser_dist.model.latent_kv import LatentKV
 
 Varlen = Callable[
     ..., Tensor
@@ -32,21 +33,15 @@ FLASH = {
 LARGEST_HEAD = 256
 
 
-class PackedKV:
-    """See `LatentKV`."""
+class PackedKV(LatentKV):
+    """See `LatentKV`; the prefix is K, V (T, kv heads, head)."""
 
     def __init__(self, batch: PackedBatch, varlen: Varlen):
+        super().__init__(batch)
         self.varlen = varlen
-        self.longest = int(batch.lengths_R.max())
         self.borders = F.pad(batch.lengths_R.cumsum(0), (1, 0)).int()
         self.starts_R = batch.lengths_R.cumsum(0) - batch.lengths_R
         self.prompt_lengths_R = batch.prompt_lengths_R
-        self.prefix: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V (T, kv heads, head)
-        self.soft: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (layer, step) -> K, V (R, kv heads, head)
-
-    @property
-    def layers(self) -> int:
-        return len(self.prefix)
 
     def attend_prefix(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float
@@ -60,10 +55,8 @@ class PackedKV:
     ) -> Tensor:
         if dropout:
             raise UserError('attention_dropout is not supported by packed latent steps: set model.attention = "sdpa"')
-        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        self.soft.setdefault((layer, step), (key, value))
-        earlier = [self.soft[layer, j] for j in range(1, step)] + [(key, value)]
-        soft_key, soft_value = (torch.stack(list(x), 1) for x in zip(*earlier, strict=True))  # (R, j, kv heads, head)
+        soft_key, soft_value = (x.permute(1, 2, 0, 3) for x in self.soft_so_far(step, layer, key, value))
+        query = query.transpose(0, 1)
         prefix_key, prefix_value = self.prefix[layer]
         return latent_attention(
             query, prefix_key, prefix_value, self.starts_R, self.prompt_lengths_R, soft_key, soft_value, scaling
@@ -165,6 +158,7 @@ def _torch_varlen(
     return output
 
 
+@functools.cache  # asked at every forward
 def _has(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from laser_dist.batch import PackedBatch
+from laser_dist.model.varlen import head_size
 
 # Dense bfloat16 with float32 accumulation, TFLOP/s, from the makers' data sheets; the first that fits a device's name.
 PEAK_TFLOPS = (
@@ -90,12 +91,10 @@ class ModelSize:
         for name, module in retriever.decoder.named_modules():
             if isinstance(module, nn.Linear):
                 found[".lora_" in name] += module.in_features * module.out_features
-        heads = config.num_attention_heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
             matrices=found[False],
             adapters=found[True],
-            width=config.num_hidden_layers * heads * head,
+            width=config.num_hidden_layers * config.num_attention_heads * head_size(config),
             table=retriever.base.get_output_embeddings().in_features * config.vocab_size,
             soft=retriever.steps - (retriever.convention == "official"),
             frozen=found[True] > 0,

@@ -56,7 +56,7 @@ def test_a_killed_worker_is_explained():
 def test_workers_end_with_a_killed_parent(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(
-        textwrap.dedent("""
+        textwrap.dedent(r"""
         import os, sys, time
         from laser_dist.data.preparation.parallel import ordered_map
         def work(item):
