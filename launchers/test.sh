@@ -24,6 +24,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 status=0
 make --keep-going --no-print-directory check || status=1
 workers=$(nproc)
-# A file stays on one worker, so that what its tests share is made once.
-python -m pytest -n "$((workers < 4 ? workers : 4))" --dist loadfile "$@" || status=$?
+# A file stays on one worker, so that what its tests share is made once; tests/conftest.py puts the long ones first.
+python -m pytest -n "$((workers < 4 ? workers : 4))" --dist loadfile --no-loadscope-reorder "$@" || status=$?
 exit "$status"

@@ -8,6 +8,9 @@ defined, so it is imported here, once; then the variable goes, because other tes
 
 import importlib.util
 import os
+from collections import Counter
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -19,3 +22,9 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     import laser_kernels.pair_triton  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no worker is left with a long file when the others have ended."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])

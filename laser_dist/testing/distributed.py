@@ -7,7 +7,6 @@ import os
 import pickle
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from laser_dist.testing.forked import Process, start
 
 _LINES_SHOWN = 40
 _INSIDE = "LASER_DIST_INSIDE_RUN_DISTRIBUTED"
@@ -71,7 +72,7 @@ def run_distributed(
         return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def _start(rank: int, world_size: int, folder: Path, port: int, extra: dict[str, str]) -> "subprocess.Popen[bytes]":
+def _start(rank: int, world_size: int, folder: Path, port: int, extra: dict[str, str]) -> Process:
     # The parent's path, so that the child finds the modules that the parent has found.
     path = [p for p in sys.path if p]
     env = os.environ | {
@@ -88,20 +89,12 @@ def _start(rank: int, world_size: int, folder: Path, port: int, extra: dict[str,
     }
     if sys.platform == "linux":
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve where tests run
-    with open(folder / f"output-{rank}", "wb") as output:
-        return subprocess.Popen(
-            [sys.executable, "-c", "from laser_dist.testing.distributed import _child; _child()", str(folder)],
-            env=env | extra,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own: what it starts is killed with it
-        )
+    return start(_child, str(folder), env=env | extra, output=folder / f"output-{rank}")
 
 
-def _child() -> None:
+def _child(name: str) -> None:
     """What each process runs: load the function, call it, leave its result or its exception behind."""
-    folder, rank, world_size = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    folder, rank, world_size = Path(name), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         import torch
 
@@ -150,7 +143,7 @@ def _leave(path: Path, content: bytes) -> None:
     part.rename(path)
 
 
-def _wait(ranks: "list[subprocess.Popen[bytes]]", folder: Path, timeout: float) -> None:
+def _wait(ranks: list[Process], folder: Path, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while True:
         codes = [process.poll() for process in ranks]
@@ -161,7 +154,7 @@ def _wait(ranks: "list[subprocess.Popen[bytes]]", folder: Path, timeout: float) 
         if time.monotonic() > deadline:
             hung = [rank for rank, code in enumerate(codes) if code is None]
             for rank in hung:
-                ranks[rank].send_signal(signal.SIGABRT)  # the fault handler writes every thread's stack
+                os.kill(ranks[rank].pid, signal.SIGABRT)  # the fault handler writes every thread's stack
             time.sleep(1)
             message = f"ranks {hung} of {len(ranks)} still ran after {timeout:g} s; rank {hung[0]} was here:\n"
             raise RankFailed(hung[0], message + _output(folder, hung[0], _LINES_SHOWN))
@@ -188,7 +181,7 @@ def _output(folder: Path, rank: int, last: int = 0) -> str:
     return "".join(f"[rank {rank}] {line}\n" for line in lines[-last:])
 
 
-def _kill(process: "subprocess.Popen[bytes]") -> None:
+def _kill(process: Process) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:  # it and all that it started have ended

@@ -119,6 +119,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.slow
 def test_update_equals_one_process_with_the_whole_batch(world_size: int, folders: dict[str, Path]) -> None:
     """A term scaled by W, a gather without gradient, K/V lost to checkpointing, a partitioned embedding show here."""
     cases = list(itertools.product(folders, range(4), (False, True), (False, True), (None,)))
@@ -187,6 +188,7 @@ def chunked_updates(rank: int, world_size: int, folders: dict[str, Path], cases:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.slow
 def test_chunks_change_nothing(world_size: int, folders: dict[str, Path]) -> None:
     """Chunks reduced as often as they are many, or not at all; test_grad_cache.py has the numerics."""
     cases: list[tuple] = [

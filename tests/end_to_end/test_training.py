@@ -101,6 +101,7 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_exactly(setting: Path, tmp_path: Path) -> None:
     """Parameters after the last step equal the uninterrupted run's bit for bit; no step is logged twice."""
     recipe = setting / "recipe.toml"
@@ -192,6 +193,7 @@ def test_the_checkpoint_serves_and_training_changed_the_model(setting: Path, fin
     assert abs(trained - untrained).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_with_a_reason(setting: Path, tmp_path: Path) -> None:
     """DeepSpeed's own `latest` names what it has not finished writing; ours must step back to a complete one."""
     arguments = ("train", setting / "recipe.toml", "--output", tmp_path / "run", "--checkpoint.keep", 9)
@@ -290,6 +292,7 @@ def vectors_of_trainer(rank: int, world_size: int, recipe: Path, output: Path, f
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.slow
 def test_checkpoint_and_export_give_the_trainers_vectors(setting: Path, tmp_path: Path, lora: bool) -> None:
     """A prefix left in the names of saved weights once made reloading give a random model, with only a warning."""
     flags = ["--model.lora-rank", "4", "--model.lora-targets", "q_proj", "up_proj"] if lora else []
@@ -317,6 +320,7 @@ def losses_in_bfloat16(setting: Path, folder: Path, *flags: object, stage: int) 
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.slow
 def test_every_stage_trains_alike_in_bfloat16_and_resumes(
     setting: Path, tmp_path: Path, bfloat16_losses: list[float], stage: int
 ) -> None:
@@ -337,6 +341,7 @@ def test_every_stage_trains_alike_in_bfloat16_and_resumes(
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_dropout_goes_on_where_it_stopped(setting: Path, tmp_path: Path) -> None:
     """The loader once drew its seed from the generator that dropout continues."""
     flags = ("--model.lora-rank", 4, "--model.lora-dropout", 0.3, "--train.max-steps", 4, "--checkpoint.keep", 9)

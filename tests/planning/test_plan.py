@@ -180,7 +180,7 @@ def test_nothing_fits(capsys, tmp_path):
     ],
 )
 def test_mistakes(arguments, told, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["plan", *arguments]) == 2
     assert told in capsys.readouterr().err
 

@@ -83,7 +83,7 @@ def test_models_that_are_not_modelled(tmp_path, change, told):
 
 
 def test_unknown_names_and_sizes(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r'cannot read its config.*Did you mean "qwen3-8b".*Llama-3.1-70B'):
         find_shape("qwen3-8")
     with pytest.raises(UserError, match="outside of what is modelled"):
