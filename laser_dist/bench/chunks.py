@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -135,7 +136,9 @@ def _check(chunked: Outcome, whole: Outcome) -> None:
 def _in_a_process(settings: Settings, queries: int, budget: int) -> Outcome:
     job = json.dumps({"settings": asdict(settings), "queries": queries, "budget": budget}, default=str)
     code = "from laser_dist.bench.chunks import _child; _child()"
-    child = subprocess.run([sys.executable, "-c", code], input=job, capture_output=True, text=True)
+    # The C library keeps what was freed, in pieces of all sizes: the peak would tell of that, too.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    child = subprocess.run([sys.executable, "-c", code], input=job, capture_output=True, text=True, env=environment)
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
         reason = "it was killed, probably for memory" if child.returncode < 0 else last.removeprefix("error: ")

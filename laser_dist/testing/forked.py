@@ -5,11 +5,15 @@ exit code. But what libraries read from the environment while they are imported 
 process whose environment differs in more than the variables in `LATE` is started the plain way.
 """
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +21,7 @@ from typing import Any, Protocol
 LATE = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"),
     *("LASER_DIST_", "PYTEST_", "PYTHONPATH", "PYTHONFAULTHANDLER", "OMP_NUM_THREADS"),
+    *("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"),  # torch sets them for itself
 )
 """Names of variables, or their beginnings, that nothing reads while it is imported, or that are seen to below."""
 
@@ -38,8 +43,8 @@ class Process(Protocol):
 
 
 class _Forked:
-    def __init__(self, call: Callable[..., Any], arguments: tuple[Any, ...], env: Mapping[str, str], output: Path):
-        self.process = _server.Process(target=_run, args=(call, arguments, dict(env), os.fspath(output)))
+    def __init__(self, call: Callable[..., Any], arguments: tuple[str, ...], env: Mapping[str, str], *files: Path):
+        self.process = _server.Process(target=_run, args=(call, arguments, dict(env), *files))
         self.process.start()
         assert self.process.pid
         self.pid: int = self.process.pid
@@ -53,21 +58,25 @@ class _Forked:
         return self.process.exitcode
 
 
-def start(call: Callable[..., Any], *arguments: str, env: Mapping[str, str], output: Path) -> Process:
-    """`sys.exit(call(*arguments))` in a new process with this environment; all that it prints goes into `output`.
+def start(
+    call: Callable[..., Any], *arguments: str, env: Mapping[str, str], output: Path, errors: Path | None = None
+) -> Process:
+    """`sys.exit(call(*arguments))` in a new process with this environment.
 
-    `call` is a function at the top level of an importable module.
+    What it prints goes into `output`, its errors too unless they have a file of their own. `call` is a function at the
+    top level of an importable module.
     """
+    errors = errors or output
     if _imported_alike(env):
-        return _Forked(call, arguments, env, output)
+        return _Forked(call, arguments, env, output, errors)
     code = f"import sys; from {call.__module__} import {call.__name__} as call; sys.exit(call(*sys.argv[1:]))"
-    with output.open("wb") as stream:
+    with output.open("ab") as told, errors.open("ab") as complained:
         return subprocess.Popen(
             [sys.executable, "-c", code, *arguments],
             env=env,
             stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
+            stdout=told,
+            stderr=complained,
             start_new_session=True,  # a group of its own: what it starts is killed with it
         )
 
@@ -77,14 +86,43 @@ def _imported_alike(env: Mapping[str, str]) -> bool:
     return all(env.get(name) == _environment.get(name) == os.environ.get(name) for name in names)
 
 
-def _run(call: Callable[..., Any], arguments: tuple[Any, ...], env: dict[str, str], output: str) -> None:
+def run_command(
+    *arguments: object, env: Mapping[str, str] | None = None, timeout: float = 300
+) -> "subprocess.CompletedProcess[str]":
+    """`laser-dist ARGUMENTS` in a process of its own, with variables added to this environment.
+
+    After `timeout` seconds it is killed, and subprocess.TimeoutExpired raised.
+    """
+    words = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory(prefix="run-command-") as folder:
+        output, errors = Path(folder, "output"), Path(folder, "errors")
+        process = start(_command, *words, env={**os.environ, **(env or {})}, output=output, errors=errors)
+        deadline = time.monotonic() + timeout
+        while (code := process.poll()) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):  # it and all that it started have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        told, complained = (path.read_text(errors="replace") for path in (output, errors))
+    if code is None:
+        raise subprocess.TimeoutExpired(words, timeout, told, complained)
+    return subprocess.CompletedProcess(words, code, told, complained)
+
+
+def _command(*words: str) -> int:
+    from laser_dist.cli import main
+
+    return main(list(words))
+
+
+def _run(call: Callable[..., Any], arguments: tuple[str, ...], env: dict[str, str], output: Path, errors: Path) -> None:
     import torch
 
     os.setsid()
-    stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((nothing, 0), (stream, 1), (stream, 2)):
-        os.dup2(source, target)
+    appended = os.O_WRONLY | os.O_CREAT | os.O_APPEND  # both may be one file
+    files = (os.open(os.devnull, os.O_RDONLY), os.open(output, appended), os.open(errors, appended))
+    for target, file in enumerate(files):
+        os.dup2(file, target)
     os.environ.clear()
     os.environ.update(env)
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS") or torch.get_num_threads()))

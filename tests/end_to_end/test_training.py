@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from laser_dist import LaserEncoder
 from laser_dist.data import sample_folder
 from laser_dist.observability.metrics import SCALARS
-from laser_dist.testing import run_distributed, tiny_model_folder
+from laser_dist.testing import run_command, run_distributed, tiny_model_folder
 
 STEPS = 6
 TEXTS = ["why does ice float", "a drop on a hot pan skates about", "x"]
@@ -75,10 +75,14 @@ def run(
     *arguments: object, ranks: int = 0, check: bool = True, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
     """`laser-dist ARGUMENTS`, or the deepspeed launcher on the module of the command."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    result = subprocess.run(
-        command(*arguments, ranks=ranks), env=environment, capture_output=True, text=True, timeout=300
-    )
+    variables = {"OMP_NUM_THREADS": "1", **(env or {})}
+    if ranks:
+        environment = {**os.environ, **variables}
+        result = subprocess.run(
+            command(*arguments, ranks=ranks), env=environment, capture_output=True, text=True, timeout=300
+        )
+    else:
+        result = run_command(*arguments, env=variables)
     if check:
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result

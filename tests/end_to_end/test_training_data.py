@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from laser_dist.data import sample_folder
-from laser_dist.testing import tiny_model_folder
+from laser_dist.testing import run_command, tiny_model_folder
 from laser_dist.testing.faulty_server import FaultyServer
 
 pytestmark = pytest.mark.slow
@@ -47,19 +47,20 @@ every = 2
 
 
 def laser_dist(*arguments: object, ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:
-    name, *rest = map(str, arguments)
-    command = ["laser_dist.cli", name]
+    variables = {"OMP_NUM_THREADS": "1"}
     if ranks:
+        name, *rest = map(str, arguments)
         port = str(20000 + os.getpid() % 20000)
         launcher = ["deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", port]
-        command = [*launcher, "--module", f"laser_dist.{name}"]
-    result = subprocess.run(
-        [sys.executable, "-m", *command, *rest],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+        result = subprocess.run(
+            [sys.executable, "-m", *launcher, "--module", f"laser_dist.{name}", *rest],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    else:
+        result = run_command(*arguments, env=variables)
     assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result
 
