@@ -37,6 +37,7 @@ from laser_dist.retrieval.encoder import LaserEncoder
 from laser_dist.retrieval.evaluation.evaluate import evaluate
 from laser_dist.run_folder import checkpoints_of
 from laser_dist.run_inputs import fingerprint, open_quarantine, read_dev_set, total_steps
+from laser_dist.watch import pulse, watchdog
 
 
 class Trainer:
@@ -55,8 +56,10 @@ class Trainer:
         self.dev = read_dev_set(config)
 
         device = init_distributed(config.launch.timeout)
+        watchdog.meet(gather_objects)
         if config.launch.preflight:
-            preflight(config, ds_config, self.data, device)
+            with pulse.phase("preflight"):
+                preflight(config, ds_config, self.data, device)
         self.objective = AlignmentObjective(config.objective, config.trajectory_temperature)
         self.kernel = self.objective.kernel_on(device)
         self.attention = check_attention(config.model, device)
@@ -87,7 +90,8 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the end; False if a signal stopped the run early (its checkpoint is saved)."""
         config, output, is_first = self.config, Path(self.config.output), rank() == 0
-        start = self._resume()
+        with pulse.phase("resume"):
+            start = self._resume()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: setattr(self, "stop_requested", True))
         if is_first:
@@ -113,7 +117,7 @@ class Trainer:
             self.log.config(config)
             self._announce(start)
             for step in range(start, self.total_steps):
-                with profiler.step(step + 1):
+                with profiler.step(step + 1), pulse.step(step + 1):
                     values = self.step(step, batches)
                 if step % config.logging.every == 0 or step + 1 == self.total_steps:
                     self.log.scalars(step + 1, values)
@@ -134,6 +138,7 @@ class Trainer:
                 with clock.phase("data"):
                     loaded, chunks = self._next(batches)
                     batch = loaded.packed.to(self.engine.device)
+                    pulse.examples(batch.query_ids)
                 with clock.phase("forward"):
                     views = self.grad_cache.forward(batch, chunks)
                 with clock.phase("loss"):
@@ -176,12 +181,13 @@ class Trainer:
             state = TrainerState(
                 step, world_size(), self.engine.stage, fingerprint(self.config, self.data), metric, self.position
             )
-            self._publish()
-            self.store.save(self.engine, state, self.text.tokenizer, self.card, best=improved)
+            with pulse.phase("save"):
+                self._publish()
+                self.store.save(self.engine, state, self.text.tokenizer, self.card, best=improved)
+                if last or stop or not self.config.checkpoint.asynchronous:
+                    self._publish(" (stopping: a signal asked for it)" if stop else "")
             if improved:
                 self.best_metric = metric
-            if last or stop or not self.config.checkpoint.asynchronous:
-                self._publish(" (stopping: a signal asked for it)" if stop else "")
         return stop or last
 
     def _publish(self, why: str = "") -> None:
@@ -191,7 +197,8 @@ class Trainer:
     def _evaluate(self, step: int) -> float | None:
         if self.dev is None:
             return None
-        metrics = evaluate(self.encoder, *self.dev).metrics
+        with pulse.phase("evaluate"):
+            metrics = evaluate(self.encoder, *self.dev).metrics
         self.log.scalars(step, {f"dev/{name}": value for name, value in metrics.items()})
         self.progress.say(f"step {step} · dev " + " · ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
         # Rank 0's, to the last bit: whether it is the best decides whether all ranks save.

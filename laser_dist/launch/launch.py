@@ -9,6 +9,8 @@ from laser_dist.errors import UserError
 from laser_dist.launch.attempt import Attempt, Result, Signals
 from laser_dist.launch.options import HELP, Job, parse
 from laser_dist.run_folder import latest_checkpoint
+from laser_dist.watch.pulse import STEPPING
+from laser_dist.watch.verdict import Verdict
 
 LONGEST_BACKOFF = 300.0
 WAIT_FOR_HOSTS = 600.0
@@ -53,28 +55,41 @@ def _ready(job: Job) -> Job:
 
 
 def _supervise(job: Job, signals: Signals) -> Result:
-    """Attempts, until one ends the run or there is no use in another."""
-    before = _progress(job.output)
-    failures_there = 0
+    """Attempts, until one ends the run or there is no use in another. A line for each: what happened, what is next."""
+    progress = [_progress(job.output)]
+    died_at: list[int] = []
     for number in range(1, job.max_restarts + 2):
         result = Attempt(job, number, signals, say).run()
-        say(f"attempt {number} of {job.max_restarts + 1} {result.verdict}")
+        head = f"attempt {number} of {job.max_restarts + 1} {result.verdict}"
         if result.code != 1 or signals.count:
+            say(head)
             return result
-        now = _progress(job.output)
-        failures_there = 1 if now != before or number == 1 else failures_there + 1
-        before = now
-        where = f"step {now}" if now else "no checkpoint yet"
-        if number > job.max_restarts:
-            return result
-        if failures_there > 1:
-            say(f"no restart: two failures in a row without a new checkpoint ({where})")
+        progress.append(_progress(job.output))
+        where = f"step {progress[-1]}" if progress[-1] else "no checkpoint yet"
+        if final := _no_restart(job, number, progress, died_at, result.told):
+            say(f"{head}; {final} ({where}); " + ("--resume goes on from there" if progress[-1] else "start it again"))
             return result
         pause = min(job.backoff * 2 ** (number - 1), LONGEST_BACKOFF)
-        say(f"restart {number} of {job.max_restarts} in {pause:.0f} s, from {where}")
+        say(f"{head}; restart {number} of {job.max_restarts} in {pause:.0f} s, from {where}")
         if not _wait(pause, signals) or not _hosts_back(job, signals):
             return result
     raise AssertionError("unreachable")
+
+
+def _no_restart(job: Job, number: int, progress: list[int], died_at: list[int], told: Verdict | None) -> str:
+    """Why another attempt would be of no use; '' if it may be. Notes the step that this one died at."""
+    if told and told.phase in STEPPING:
+        died_at.append(told.step)
+        if died_at.count(told.step) > 1:
+            queries = ", ".join(told.queries) or "not known"
+            return (
+                f"no restart: step {told.step} killed the run twice; queries of rank {told.rank}'s micro-batch: "
+                f"{queries}. Look at them with `laser-dist inspect`, and at the stacks, before another attempt"
+            )
+    if number > 1 and progress[-1] == progress[-2]:
+        return "no restart: two failures in a row without a new checkpoint"
+    left = "no restart is left" if job.max_restarts else "no restart was asked for with --max-restarts"
+    return left if number > job.max_restarts else ""
 
 
 def _progress(output: Path) -> int:

@@ -1,0 +1,11 @@
+"""`laser-dist bench faults`: faults in every phase of a real run on two ranks, and what becomes of it.
+
+table.py   the faults, each with the end that is right for it
+acts.py    what they do to a process
+rank.py    a training rank with one fault in it
+run.py     runs a row and judges how it ended
+"""
+
+from laser_dist.bench.faults.command import main
+
+__all__ = ["main"]

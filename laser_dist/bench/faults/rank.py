@@ -1,0 +1,62 @@
+"""A rank of `laser-dist bench faults`: training as it is, with one fault at one place.
+
+Started instead of laser_dist.train, and only here is the variable looked at: nothing in the product can be made to fail.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from laser_dist.bench.faults.acts import ACTS
+from laser_dist.cli import run
+from laser_dist.launch.outcome import ATTEMPT
+from laser_dist.watch.pulse import Pulse
+
+FAULT = "LASER_DIST_BENCH_FAULT"
+"""JSON: act, phase, step, rank, attempts, and `struck`, a file that takes the time of the act."""
+
+
+def main() -> int:
+    fault = json.loads(os.environ[FAULT])
+    due = int(os.environ["RANK"]) == fault["rank"] and int(os.environ[ATTEMPT]) <= fault["attempts"]
+    if due and fault["phase"] == "init":
+        _before_ranks_meet(fault)
+    elif due:
+        _in_phase(fault)
+    return run("laser_dist.train", sys.argv[1:])
+
+
+def _before_ranks_meet(fault: dict) -> None:
+    from laser_dist.distributed import engine
+
+    original = engine.init_distributed
+
+    def struck(timeout: float) -> object:
+        strike(fault)
+        return original(timeout)
+
+    engine.init_distributed = struck
+
+
+def _in_phase(fault: dict) -> None:
+    """The fault comes where the pulse says that the phase begins, once."""
+    original, pending = Pulse.enter, [fault]
+
+    def enter(self: Pulse, phase: str) -> str:
+        before = original(self, phase)
+        if pending and phase == fault["phase"] and self.beat.step == fault["step"]:
+            strike(pending.pop())
+        return before
+
+    Pulse.enter = enter  # type: ignore[method-assign]
+
+
+def strike(fault: dict) -> None:
+    Path(fault["struck"]).write_text(str(time.time()))
+    ACTS[fault["act"]]()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

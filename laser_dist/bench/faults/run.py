@@ -1,0 +1,165 @@
+"""Runs a row of the table in a folder of its own, and judges how it ended."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from laser_dist.bench.faults.rank import FAULT
+from laser_dist.bench.faults.table import SAVED_EVERY, STEPS, Row
+from laser_dist.launch import outcome, processes
+from laser_dist.watch import verdict
+from laser_dist.watch.verdict import Verdict
+
+LIMIT = 180.0
+"""Seconds for a row: what takes longer hangs."""
+KNOWN, GONE = 1.0, 10.0
+"""Seconds within which a dead rank is known, and within which the attempt is over then."""
+
+
+@dataclass
+class Ended:
+    """What a row came to."""
+
+    name: str
+    ends: str
+    code: int
+    attempts: int
+    verdict: Verdict | None
+    last_line: str
+    known: float | None = None
+    """Seconds from the fault until a rank knew."""
+    gone: float | None = None
+    """Seconds from then until the attempt was over."""
+    seconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+    """Why this is not the end that the row asks for."""
+    output: list[str] = field(default_factory=list)
+    """What was printed, if there are problems."""
+
+
+def build(root: Path) -> None:
+    """A tiny model, shards, a dev set and a recipe."""
+    from laser_dist.data import sample_folder
+    from laser_dist.data.preparation import prepare
+    from laser_dist.testing.tiny import tiny_model_folder
+
+    tiny_model_folder(root / "model", layers=1)
+    rows = [json.loads(line) for line in (sample_folder() / "train.jsonl").read_text().splitlines()[:12]]
+    for row in rows:
+        row["query"], row["rationale"] = row["query"][:40], row["rationale"][:80]
+        for passage in row["positives"] + row["negatives"]:
+            passage["text"] = passage["text"][:40]
+    passages = [{"id": f"d{i}", "text": row["positives"][0]["text"]} for i, row in enumerate(rows)]
+    queries = [{"id": f"q{i}", "text": row["query"]} for i, row in enumerate(rows[:4])]
+    for name, lines in (("train", rows), ("corpus", passages), ("queries", queries)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\td{i}\t1\n" for i in range(4)))
+    prepare.main(["--source", str(root / "train.jsonl"), "--out", str(root / "shards")])
+    (root / "recipe.toml").write_text(
+        f'[model]\nname = "{root}/model"\ndtype = "float32"\n'
+        f'[data]\ntrain = "{root}/shards"\n'
+        f'[train]\nqueries_per_rank = 2\nmax_steps = {STEPS}\ndeepspeed = "zero3-test"\n'
+        f"[checkpoint]\nevery = {SAVED_EVERY}\nkeep = 9\n"
+        f'[evaluation]\ncorpus = "{root}/corpus.jsonl"\nqueries = "{root}/queries.jsonl"\nqrels = "{root}/qrels.tsv"\n'
+    )
+
+
+def run_row(row: Row, root: Path, output: Path, expected: str) -> Ended:
+    """Launch two ranks with the row's fault into `output`; `expected`: hash of the last weights without faults."""
+    began = time.monotonic()
+    struck = output.with_suffix(".struck")
+    code, lines = _launch(row, root, output, struck)
+    attempts = [(at, line) for at, line in lines if line.startswith("launch: attempt ")]
+    told = verdict.read(outcome.folder(output, 1)) or verdict.inferred(outcome.folder(output, 1))
+    ended = Ended(row.name, row.ends, code, len(attempts), told, attempts[-1][1] if attempts else "")
+    if not struck.is_file():
+        ended.problems.append("the fault did not strike")
+    elif told and row.kind:
+        ended.known = told.time - float(struck.read_text())
+        ended.gone = attempts[0][0] - told.time if attempts else None
+    ended.problems += _problems(row, ended, attempts, weights(output), expected, output)
+    ended.seconds = time.monotonic() - began
+    ended.output = [line for _, line in lines] if ended.problems else []
+    return ended
+
+
+def weights(output: Path) -> str:
+    """Hash of the model after the last step, by the manifest; '' if the run did not come so far."""
+    try:
+        manifest = output / "checkpoints" / f"step-{STEPS:06d}" / "manifest.json"
+        return str(json.loads(manifest.read_text())["files"]["model/model.safetensors"]["sha256"])
+    except (OSError, KeyError):
+        return ""
+
+
+def _launch(row: Row, root: Path, output: Path, struck: Path) -> tuple[int, list[tuple[float, str]]]:
+    """Exit code and output, each line with the time it came at."""
+    fault = {name: getattr(row, name) for name in ("act", "phase", "step", "rank", "attempts")} | {"struck": str(struck)}
+    options = ["--num_accelerators", "2", "--master_port", str(_free_port()), "--max-restarts", "2", "--backoff", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "laser_dist.bench.faults.launcher", *options, str(root / "recipe.toml")]
+        + ["--output", str(output), *row.flags],
+        env={**os.environ, FAULT: json.dumps(fault), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    assert process.stdout
+    limit = threading.Timer(LIMIT, lambda: (process.kill(), processes.end(str(output))))
+    limit.start()
+    lines = [(time.time(), line.rstrip()) for line in process.stdout]
+    limit.cancel()
+    return process.wait(), lines
+
+
+def _problems(
+    row: Row, ended: Ended, attempts: list[tuple[float, str]], actual: str, expected: str, output: Path
+) -> list[str]:
+    problems = []
+    codes = {"recovered": 0, "unharmed": 0, "saved": 75}
+    if ended.code != codes.get(row.ends, ended.code) or (row.ends == "stopped" and ended.code not in (1, 2)):
+        problems.append(f"exit code {ended.code}")
+    if row.ends in ("recovered", "unharmed") and actual != expected:
+        problems.append("other weights than without a fault" if actual else "it did not come to the end")
+    if row.ends == "recovered" and ended.attempts != 2 or row.ends in ("unharmed", "saved") and ended.attempts != 1:
+        problems.append(f"{ended.attempts} attempts")
+    if not any(row.cause in line for _, line in attempts):
+        problems.append(f"no line says {row.cause!r}")
+    told = ended.verdict
+    if bool(row.kind) != bool(told):
+        problems.append(f"verdict: {told.line if told else 'none'}")
+    if told and row.kind:
+        where = (row.step, row.phase) if row.placed else (told.step, told.phase)
+        if (told.rank, told.kind, told.step, told.phase) != (row.rank, row.kind, *where):
+            problems.append(f"verdict: {told.line}")
+        if not list(outcome.folder(output, 1).glob("stacks-*.txt")):
+            problems.append("no stacks")
+    return problems + _late(row, ended, output)
+
+
+def _late(row: Row, ended: Ended, output: Path) -> list[str]:
+    if ended.known is None or not row.placed:
+        return []
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()] if row.step else []
+    steps = [sum(value for name, value in row.items() if name.startswith("time/")) for row in rows]
+    usual = 3 * median([s for s in steps if s] or [0.0]) + 5.0
+    allowed = KNOWN if row.kind in ("died", "failed") else usual + KNOWN
+    late = [f"known after {ended.known:.1f} s, allowed are {allowed:.1f}"] if ended.known > allowed else []
+    if ended.gone is not None and ended.gone > GONE:
+        late.append(f"gone {ended.gone:.1f} s later, allowed are {GONE:.0f}")
+    return late
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
