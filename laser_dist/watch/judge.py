@@ -1,7 +1,7 @@
 """Is something wrong, and with whom? Decided from what one rank has seen of all ranks' pulses.
 
-No clocks are compared: an age is how long the *observer*, awake, has seen no change. A job that is stopped as a whole and
-continued (a laptop's lid, a debugger, a frozen container) ages nobody.
+No clocks are compared: an age is how long the *observer*, awake, has seen no change. A job that is stopped as a whole
+and goes on later (a laptop's lid, a debugger, a frozen container) ages nobody.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """What this rank is doing: a small file that it keeps up to date, and that other ranks and the supervisor read.
 
-The training thread writes when its phase changes, the watchdog's thread a few times a second: a process that is stopped,
-or whose interpreter is locked, does not tick, while one that waits in a collective does. Written with pwrite, not
-mapped: a page that does not fit on a full disk would kill the process, and what was written outlives a SIGKILL as well.
+The training thread writes when its phase changes, the watchdog's thread a few times a second: a process that is
+stopped, or whose interpreter is locked, does not tick, while one that waits in a collective does. Written with pwrite,
+not mapped: a page that does not fit on a full disk would kill the process, and a SIGKILL takes neither away.
 """
 
 import json

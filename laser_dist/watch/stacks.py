@@ -1,4 +1,4 @@
-"""Where every thread of a rank is, in OUTPUT/launch/attempt-N/stacks-R.txt: asked for by a signal, or written at a crash.
+"""Where every thread of a rank is, in OUTPUT/launch/attempt-N/stacks-R.txt: on a signal's request, or at a crash.
 
 faulthandler's handler is C: it also answers for a rank whose interpreter is locked or whose training thread is stuck in
 a library. For a process that is stopped, what the kernel tells of it stands there instead.
@@ -39,10 +39,10 @@ class Stacks:
             self._head(why)
             faulthandler.dump_traceback(self.file, all_threads=True)
 
-    def error(self, error: BaseException) -> None:
-        """An exception that the last line does not tell, because another rank caused it."""
+    def error(self, error: BaseException, what: str) -> None:
+        """An exception that nobody is told on the console."""
         with suppress(OSError):
-            self._head("an error that another rank's failure caused")
+            self._head(what)
             traceback.print_exception(error, file=self.file)
             self.file.flush()
 
@@ -99,6 +99,4 @@ def is_communication(error: BaseException) -> bool:
     if not frames or not isinstance(error, RuntimeError | ValueError):
         return False
     code = frames[-1][0].f_code
-    return any(part in code.co_filename for part in _COMMUNICATION[:3]) or _is_handle(
-        code.co_filename, code.co_name
-    )
+    return any(part in code.co_filename for part in _COMMUNICATION[:3]) or _is_handle(code.co_filename, code.co_name)

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,7 +30,9 @@ REMOTE_INTERVAL = 5.0
 GRACE = 3.0
 """Seconds for the training thread to fail by itself after another rank was lost: then it says why, and tidies up."""
 OTHERS = 3.0
-"""Seconds for the other ranks to leave their stacks, before the one to blame is killed."""
+"""Seconds for the other ranks to have seen it as well: a launcher may end them as soon as one is gone."""
+SETTLE = 0.5
+"""Seconds for a locked rank to answer the signal that asks for its stacks, before it is killed."""
 EXPLAINED_WITHIN = 1.5
 """Seconds to find out whose loss an error of communication is about."""
 LAST_RESORT = 8.0
@@ -50,7 +52,7 @@ class Watchdog:
         self.leaving = threading.Event()
         self.claimed = threading.Lock()
         """Taken by whichever thread ends the rank."""
-        self.found_at = 0.0
+        self.found_at = self.remote_awake = 0.0
         self.on_end: Callable[[int, str], None] = lambda code, reason: None
         """Called before the process ends from here, with its code and why."""
         self.on_verdict: Callable[[Verdict], None] = lambda told: None
@@ -102,7 +104,7 @@ class Watchdog:
         finding = found or Finding(self.own.rank, "failed", reason)
         self.pulse.end(code, finding.rank, finding.kind, finding.cause)
         if found:
-            self.stacks.error(error)
+            self.stacks.error(error, "an error that another rank's failure caused")
         elif shown:
             traceback.print_exception(error)
         self._conclude(finding)
@@ -124,28 +126,36 @@ class Watchdog:
         pulse.current = None
 
     def _run(self) -> None:
-        last, remote_awake = time.monotonic(), 0.0
+        last = time.monotonic()
         while not self.leaving.wait(INTERVAL):
             now = time.monotonic()
             awake, last = min(now - last, 2 * INTERVAL), now  # while we were stopped, so may the others have been
-            remote_awake += awake
-            self.pulse.tick(waiting=stacks.in_collective())
-            local = [rank for rank in self.seen if rank not in self.remote]
-            self._look(local, awake)
-            if remote_awake >= REMOTE_INTERVAL:
-                if self.several_hosts:
-                    self.pulse.sync()
-                self._look(self.remote, remote_awake)
-                remote_awake = 0.0
-            if finding := judge(self.own.rank, self.seen):
+            try:
+                finding = self._round(awake)
+            except Exception as error:  # without this thread the others would take this rank for stuck
+                self.stacks.error(error, "the watchdog's own")
+                continue
+            if finding:
                 self._end(finding)
                 return
+
+    def _round(self, awake: float) -> Finding | None:
+        assert self.pulse is not None
+        self.pulse.tick(waiting=stacks.in_collective())
+        self._look([rank for rank in self.seen if rank not in self.remote], awake)
+        self.remote_awake += awake
+        if self.remote_awake >= REMOTE_INTERVAL:
+            if self.several_hosts:
+                self.pulse.sync()
+            self._look(self.remote, self.remote_awake)
+            self.remote_awake = 0.0
+        return judge(self.own.rank, self.seen)
 
     def _look(self, ranks: list[int], awake: float) -> None:
         for rank in ranks:
             known = self.seen[rank]
             if rank == self.own.rank:
-                known.update(Beat(**asdict(self.pulse.beat)), "R", awake)
+                known.update(replace(self.own), "R", awake)
                 continue
             state = self._state(known.beat)  # before its pulse, in which it says last that it ends
             beat = pulse.read(pulse.path_of(self.folder, rank)) or known.beat
@@ -187,23 +197,24 @@ class Watchdog:
         return laggard(self.own.rank, self.seen) if "time" in str(error).lower() else None
 
     def _conclude(self, finding: Finding) -> None:
-        """Stacks of the one to blame, the verdict, and its end if it is a process of this host that does not end."""
+        """Stacks of the one to blame, if it cannot write them; the verdict; and the end of a process that cannot."""
         sighting = self.seen.get(finding.rank)
-        alive = sighting and finding.rank != self.own.rank and self._state(sighting.beat)
-        if alive and finding.kind != "failed":
+        stuck = sighting and finding.kind in ("stopped", "locked") and self._state(sighting.beat)
+        if stuck:  # it can neither write its stacks by itself nor end
             self.stacks.neighbour(sighting.beat.pid, finding.rank)
-            self._wait_for_others(finding.rank)
+            time.sleep(SETTLE)
+        self._wait_for_others(finding.rank)
         beat = pulse.read(pulse.path_of(self.folder, finding.rank)) or self.own
         told = verdict.of(self.folder, beat, finding.kind, finding.cause, self.own.rank)
         told.time = self.found_at
         if verdict.write_once(self.folder, told):
             self.on_verdict(told)
-        if alive and finding.kind != "failed":
+        if stuck:
             with suppress(OSError):
                 os.kill(sighting.beat.pid, signal.SIGKILL)
 
     def _wait_for_others(self, culprit: int) -> None:
-        """Until the other ranks of this host have left their stacks, or OTHERS seconds."""
+        """Until the other ranks of this host have seen it or ended, or OTHERS seconds."""
         deadline = time.monotonic() + OTHERS
         ranks = [rank for rank in self.seen if rank not in (culprit, self.own.rank, *self.remote)]
         while time.monotonic() < deadline:

@@ -42,7 +42,7 @@ def test_there_is_one_verdict(tmp_path: Path) -> None:
         ([{}, {"changes": 80}], (1, "died")),  # the one furthest behind
         ([{"code": 1, "blames": 1, "kind": "stopped", "reason": "x"}, {}], (1, "died")),
         ([{"code": 1, "blames": 0, "kind": "failed", "reason": "x"}, {}], (0, "failed")),
-        ([{"code": 1, "blames": 1, "kind": "hung", "reason": "x"}, {"code": 1, "blames": 1, "kind": "hung"}], (1, "hung")),
+        ([{"code": 1, "blames": 1, "kind": "hung"}, {"code": 1, "blames": 1, "kind": "hung"}], (1, "hung")),
         ([{"code": 75}, {"code": 0}], None),
         ([], None),
     ],

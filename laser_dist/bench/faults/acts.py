@@ -1,4 +1,4 @@
-"""What a fault does to the process that it strikes. Each act is called in the training thread, at the phase's beginning."""
+"""What a fault does to the process that it strikes: each act is called in the training thread, as a phase begins."""
 
 import ctypes
 import multiprocessing

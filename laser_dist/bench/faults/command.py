@@ -80,9 +80,10 @@ def run_rows(rows: list, root: Path) -> list:
 
 def markdown(ended: list) -> str:
     """The table."""
+    right = sum(not end.problems for end in ended)
     lines = [
-        f"{sum(not end.problems for end in ended)} of {len(ended)} rows ended as they must ({_date()}). known: from the "
-        "fault until a rank knew; gone: from then until the attempt was over, to its supervisor.",
+        f"{right} of {len(ended)} rows ended as they must ({_date()}). known: from the fault until a rank knew; "
+        "gone: from then until the attempt was over, to its supervisor.",
         "",
         "| fault | in | rank | must be | is | known, s | gone, s | the line |",
         "|---|---|---|---|---|---|---|---|",
@@ -90,9 +91,7 @@ def markdown(ended: list) -> str:
     for end in ended:
         told = end.verdict.line if end.verdict else ""
         known, gone = ("" if x is None else f"{x:.1f}" for x in (end.known, end.gone))
-        lines.append(
-            f"| {end.name} | {end.ends} | {'; '.join(end.problems) or 'right'} | {known} | {gone} | {told} |"
-        )
+        lines.append(f"| {end.name} | {end.ends} | {'; '.join(end.problems) or 'right'} | {known} | {gone} | {told} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,6 @@
 """A rank of `laser-dist bench faults`: training as it is, with one fault at one place.
 
-Started instead of laser_dist.train, and only here is the variable looked at: nothing in the product can be made to fail.
+Started instead of laser_dist.train. Only here is the variable looked at: nothing in the product can be made to fail.
 """
 
 import json

@@ -101,7 +101,9 @@ def weights(output: Path) -> str:
 
 def _launch(row: Row, root: Path, output: Path, struck: Path) -> tuple[int, list[tuple[float, str]]]:
     """Exit code and output, each line with the time it came at."""
-    fault = {name: getattr(row, name) for name in ("act", "phase", "step", "rank", "attempts")} | {"struck": str(struck)}
+    fault = {name: getattr(row, name) for name in ("act", "phase", "step", "rank", "attempts")} | {
+        "struck": str(struck)
+    }
     options = ["--num_accelerators", "2", "--master_port", str(_free_port()), "--max-restarts", "2", "--backoff", "0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "laser_dist.bench.faults.launcher", *options, str(root / "recipe.toml")]

@@ -65,7 +65,10 @@ STOPS = (
     Row("stopped", "evaluate", "recovered", "stopped", "SIGSTOP", step=4, flags=EVALUATE),
 )
 HANGS = (
-    *(Row("hangs", phase, "recovered", "hung", "no progress") for phase in ("forward", "loss", "backward", "optimizer")),
+    *(
+        Row("hangs", phase, "recovered", "hung", "no progress")
+        for phase in ("forward", "loss", "backward", "optimizer")
+    ),
     Row("hangs", "forward", "recovered", "hung", "no progress", rank=0),
     Row("hangs", "data", "recovered", "hung", "no progress", flags=("--data.timeout", "1")),
     Row("spins", "forward", "recovered", "hung", "no progress"),
