@@ -139,6 +139,9 @@ class DataConfig:
     """Seconds without an answer or a byte after which a server is asked again."""
     attempts: int = 5
     """Attempts to fetch a shard, with growing pauses, before it counts as damaged."""
+    skip_steps: tuple[int, ...] = ()
+    """Optimizer steps, from 1, whose examples are passed over without being read; see `laser-dist launch
+    --skip-poisoned-step`."""
 
     @property
     def sources(self) -> dict[str, float]:
@@ -152,6 +155,7 @@ class DataConfig:
         _require(self.homogeneous >= 0, "data.homogeneous", self.homogeneous, "must be 0 or more")
         _require(0 <= self.max_skipped < 1, "data.max_skipped", self.max_skipped, "must be in [0, 1)")
         _require(self.attempts >= 1, "data.attempts", self.attempts, "must be at least 1")
+        _require(all(step >= 1 for step in self.skip_steps), "data.skip_steps", self.skip_steps, "steps count from 1")
         for name in ("cache_gib", "timeout"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, f"data.{name}", value, "must be finite and positive")

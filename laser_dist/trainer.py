@@ -106,6 +106,7 @@ class Trainer:
             world_size=world_size(),
             start=self.position,
             total=(self.total_steps - start) * config.train.accumulation,
+            gaps=self._gaps(start),
         )
         self.best_metric = self.store.best_metric()
         with (
@@ -117,11 +118,14 @@ class Trainer:
             self.log.config(config)
             self._announce(start)
             for step in range(start, self.total_steps):
-                with profiler.step(step + 1), pulse.step(step + 1):
-                    values = self.step(step, batches)
-                if step % config.logging.every == 0 or step + 1 == self.total_steps:
-                    self.log.scalars(step + 1, values)
-                    self.progress.update(step + 1, values)
+                if step + 1 in config.data.skip_steps:
+                    self._pass_over(step + 1)
+                else:
+                    with profiler.step(step + 1), pulse.step(step + 1):
+                        values = self.step(step, batches)
+                    if step % config.logging.every == 0 or step + 1 == self.total_steps:
+                        self.log.scalars(step + 1, values)
+                        self.progress.update(step + 1, values)
                 if self._after_step(step + 1):
                     return step + 1 == self.total_steps
         return True
@@ -163,7 +167,17 @@ class Trainer:
             "train/epoch": loaded.epoch,
             "data/skipped_shards": float(self.quarantine.shards),
             "data/skipped_examples": float(self.quarantine.lost),
+            "data/skipped_steps": float(sum(skipped <= step for skipped in config.data.skip_steps)),
         }
+
+    def _gaps(self, start: int) -> list[tuple[int, int]]:
+        """The micro-batches of data.skip_steps, from those of step `start` on."""
+        per_step, skipped = self.config.train.accumulation, sorted(set(self.config.data.skip_steps))
+        return [((s - 1 - start) * per_step, (s - start) * per_step) for s in skipped if start < s <= self.total_steps]
+
+    def _pass_over(self, step: int) -> None:
+        self.position += self.queries_per_step
+        self.progress.say(f"step {step} passed over with its {self.queries_per_step} queries, as data.skip_steps says")
 
     def _after_step(self, step: int) -> bool:
         """Evaluate and save where due; True if the run ends here."""

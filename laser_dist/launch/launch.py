@@ -1,8 +1,9 @@
 """`laser-dist launch`: DeepSpeed's launcher under supervision, and again after a failure."""
 
+import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from laser_dist.errors import UserError
@@ -66,9 +67,14 @@ def _supervise(job: Job, signals: Signals) -> Result:
             return result
         progress.append(_progress(job.output))
         where = f"step {progress[-1]}" if progress[-1] else "no checkpoint yet"
-        if final := _no_restart(job, number, progress, died_at, result.told):
+        poisoned = _poisoned(result.told, died_at)
+        skips = job.skip_poisoned_step and poisoned is not None
+        if final := _no_restart(job, number, progress, poisoned, skips=skips):
             say(f"{head}; {final} ({where}); " + ("--resume goes on from there" if progress[-1] else "start it again"))
             return result
+        if skips and poisoned:
+            job = _without(job, poisoned)
+            head += f"; step {poisoned.step} killed the run twice and is passed over, see launch/poisoned.jsonl"
         pause = min(job.backoff * 2 ** (number - 1), LONGEST_BACKOFF)
         say(f"{head}; restart {number} of {job.max_restarts} in {pause:.0f} s, from {where}")
         if not _wait(pause, signals) or not _hosts_back(job, signals):
@@ -76,20 +82,35 @@ def _supervise(job: Job, signals: Signals) -> Result:
     raise AssertionError("unreachable")
 
 
-def _no_restart(job: Job, number: int, progress: list[int], died_at: list[int], told: Verdict | None) -> str:
-    """Why another attempt would be of no use; '' if it may be. Notes the step that this one died at."""
-    if told and told.phase in STEPPING:
-        died_at.append(told.step)
-        if died_at.count(told.step) > 1:
-            queries = ", ".join(told.queries) or "not known"
-            return (
-                f"no restart: step {told.step} killed the run twice; queries of rank {told.rank}'s micro-batch: "
-                f"{queries}. Look at them with `laser-dist inspect`, and at the stacks, before another attempt"
-            )
-    if number > 1 and progress[-1] == progress[-2]:
+def _poisoned(told: Verdict | None, died_at: list[int]) -> Verdict | None:
+    """The verdict, if its step has killed an attempt before; notes the step that this one died at."""
+    if told is None or told.phase not in STEPPING:
+        return None
+    died_at.append(told.step)
+    return told if died_at.count(told.step) > 1 else None
+
+
+def _no_restart(job: Job, number: int, progress: list[int], poisoned: Verdict | None, *, skips: bool) -> str:
+    """Why another attempt would be of no use; '' if it may be, as it is where it `skips` what killed this one."""
+    if poisoned and not skips:
+        queries = ", ".join(poisoned.queries) or "not known"
+        return (
+            f"no restart: step {poisoned.step} killed the run twice; queries of rank {poisoned.rank}'s micro-batch: "
+            f"{queries}. Look at them and at the stacks, or go on without them with --skip-poisoned-step"
+        )
+    if number > job.max_restarts:
+        return "no restart is left" if job.max_restarts else "no restart was asked for with --max-restarts"
+    if number > 1 and progress[-1] == progress[-2] and not skips:
         return "no restart: two failures in a row without a new checkpoint"
-    left = "no restart is left" if job.max_restarts else "no restart was asked for with --max-restarts"
-    return left if number > job.max_restarts else ""
+    return ""
+
+
+def _without(job: Job, poisoned: Verdict) -> Job:
+    """The run without the examples of a step, which is on record."""
+    with (job.output / "launch" / "poisoned.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(poisoned), ensure_ascii=False) + "\n")
+    steps = (*job.config.data.skip_steps, poisoned.step)
+    return replace(job, config=replace(job.config, data=replace(job.config.data, skip_steps=steps)))
 
 
 def _progress(output: Path) -> int:

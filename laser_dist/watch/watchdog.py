@@ -46,7 +46,8 @@ class Watchdog:
         """`folder`: of the attempt, shared by all ranks."""
         self.folder, self.limits = folder, limits
         self.own = pulse.identity()
-        self.pulse: Pulse | None = None
+        self.active = False
+        """Whether this rank tells what it does; others are watched from `meet` on."""
         self.seen: dict[int, Sighting] = {}
         self.remote: list[int] = []
         self.leaving = threading.Event()
@@ -58,14 +59,11 @@ class Watchdog:
         self.on_verdict: Callable[[Verdict], None] = lambda told: None
         """Called on the rank whose verdict it is."""
 
-    @property
-    def active(self) -> bool:
-        return self.pulse is not None
-
     def start(self) -> None:
         """Begin to tell what this rank does."""
         self.stacks = stacks.Stacks(stacks.path_of(self.folder, self.own.rank))
         self.pulse = pulse.current = Pulse(pulse.path_of(self.folder, self.own.rank), self.own, self.limits)
+        self.active = True
 
     def meet(self, gather: Callable[[Beat], list[Beat]]) -> None:
         """Learn who the others are, and begin to watch. A collective: `gather` gives every rank's object."""
@@ -87,7 +85,7 @@ class Watchdog:
 
     def close(self, code: int) -> None:
         """The rank is done."""
-        if self.pulse is not None and self.claimed.acquire(blocking=False):
+        if self.active and self.claimed.acquire(blocking=False):
             self.pulse.end(code)
             self._stop()
 
@@ -140,7 +138,6 @@ class Watchdog:
                 return
 
     def _round(self, awake: float) -> Finding | None:
-        assert self.pulse is not None
         self.pulse.tick(waiting=stacks.in_collective())
         self._look([rank for rank in self.seen if rank not in self.remote], awake)
         self.remote_awake += awake
