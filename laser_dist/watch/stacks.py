@@ -6,6 +6,7 @@ a library. For a process that is stopped, what the kernel tells of it stands the
 
 import faulthandler
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,7 +18,10 @@ from typing import IO
 
 ASK = signal.SIGUSR2
 _KERNEL = ("status", "wchan", "stack")
-_COMMUNICATION = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/comm/", "/torch/cuda/")
+# Where Python is while a collective runs. DeepSpeed waits in many places, and does little else that takes time itself.
+_COMMUNICATION = ("/torch/distributed/", "/deepspeed/", "/laser_kernels/ring.py")
+_WAITING = (*_COMMUNICATION, "/torch/cuda/")
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
 def path_of(folder: Path, rank: int) -> Path:
@@ -81,22 +85,14 @@ def crash(path: Path) -> str:
 def in_collective() -> bool:
     """Whether a thread of this process waits for other ranks or for its device."""
     own = threading.get_ident()
-    for ident, frame in sys._current_frames().items():
-        name = frame.f_code.co_filename
-        if ident != own and (any(part in name for part in _COMMUNICATION) or _is_handle(name, frame.f_code.co_name)):
-            return True
-    return False
-
-
-def _is_handle(file: str, function: str) -> bool:
-    """ZeRO waits for what it gathered ahead in handles of its own."""
-    return function == "wait" and "/deepspeed/" in file
+    frames = [frame for ident, frame in sys._current_frames().items() if ident != own]
+    return any(part in frame.f_code.co_filename for frame in frames for part in _WAITING)
 
 
 def is_communication(error: BaseException) -> bool:
     """Whether an error came up in a collective: the loss of a peer looks like this, and is not this rank's fault."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if not frames or not isinstance(error, RuntimeError | ValueError):
+    if not isinstance(error, RuntimeError | ValueError):
         return False
-    code = frames[-1][0].f_code
-    return any(part in code.co_filename for part in _COMMUNICATION[:3]) or _is_handle(code.co_filename, code.co_name)
+    frames = list(traceback.walk_tb(error.__traceback__))
+    inside = bool(frames) and any(part in frames[-1][0].f_code.co_filename for part in _COMMUNICATION)
+    return inside or bool(_LOST.search(str(error)))
