@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from laser_dist.errors import UserError
 
@@ -109,6 +110,23 @@ def clock_jumps() -> None:
     time.time = lambda: real() + 3600.0
 
 
+def spoil(value: float) -> Callable[[], None]:
+    """The first weight of this rank's part becomes `value`."""
+
+    def act() -> None:
+        import torch
+
+        with torch.no_grad():
+            parameter = engines[-1].trained[0]
+            getattr(parameter, "ds_tensor", parameter).view(-1)[0] = value
+
+    return act
+
+
+engines: list[Any] = []
+"""The engine that this process trains with; rank.py puts it here."""
+
+
 def _ranks() -> list[int]:
     from laser_dist.launch.processes import MARK, ranks
 
@@ -132,6 +150,8 @@ ACTS: dict[str, Callable[[], None]] = {
     "loader stopped": loader_stopped,
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+    "a weight is NaN": spoil(float("nan")),
+    "a weight is infinite": spoil(float("inf")),
     "slow": slow,
     "very slow": very_slow,
     "the whole job is paused": whole_job_paused,

@@ -8,8 +8,9 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from laser_dist.bench.faults.acts import ACTS
+from laser_dist.bench.faults.acts import ACTS, engines
 from laser_dist.cli import run
 from laser_dist.launch.outcome import ATTEMPT
 from laser_dist.watch.pulse import Pulse
@@ -20,7 +21,7 @@ FAULT = "LASER_DIST_BENCH_FAULT"
 
 def main() -> int:
     fault = json.loads(os.environ[FAULT])
-    due = int(os.environ["RANK"]) == fault["rank"] and int(os.environ[ATTEMPT]) <= fault["attempts"]
+    due = fault["act"] and int(os.environ["RANK"]) == fault["rank"] and int(os.environ[ATTEMPT]) <= fault["attempts"]
     if due and fault["phase"] == "init":
         _before_ranks_meet(fault)
     elif due:
@@ -42,7 +43,13 @@ def _before_ranks_meet(fault: dict) -> None:
 
 def _in_phase(fault: dict) -> None:
     """The fault comes where the pulse says that the phase begins, once."""
-    original, pending = Pulse.enter, [fault]
+    from laser_dist.distributed.engine import Engine
+
+    original, pending, built = Pulse.enter, [fault], Engine.__init__
+
+    def build(self: Engine, *arguments: Any, **named: Any) -> None:
+        built(self, *arguments, **named)
+        engines.append(self)
 
     def enter(self: Pulse, phase: str) -> str:
         before = original(self, phase)
@@ -50,7 +57,7 @@ def _in_phase(fault: dict) -> None:
             strike(pending.pop())
         return before
 
-    Pulse.enter = enter  # type: ignore[method-assign]
+    Pulse.enter, Engine.__init__ = enter, build  # type: ignore[method-assign]
 
 
 def strike(fault: dict) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from laser_dist.bench.faults.data import served
 from laser_dist.bench.faults.rank import FAULT
 from laser_dist.bench.faults.table import SAVED_EVERY, STEPS, Row
 from laser_dist.launch import outcome, processes
@@ -61,7 +62,7 @@ def build(root: Path) -> None:
     for name, lines in (("train", rows), ("corpus", passages), ("queries", queries)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (root / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\td{i}\t1\n" for i in range(4)))
-    prepare.main(["--source", str(root / "train.jsonl"), "--out", str(root / "shards")])
+    prepare.main(["--source", str(root / "train.jsonl"), "--out", str(root / "shards"), "--shard-examples", "5"])
     (root / "recipe.toml").write_text(
         f'[model]\nname = "{root}/model"\ndtype = "float32"\n'
         f'[data]\ntrain = "{root}/shards"\n'
@@ -75,13 +76,14 @@ def run_row(row: Row, root: Path, output: Path, expected: str) -> Ended:
     """Launch two ranks with the row's fault into `output`; `expected`: hash of the last weights without faults."""
     began = time.monotonic()
     struck = output.with_suffix(".struck")
-    code, lines = _launch(row, root, output, struck)
+    with served(row, root / "shards", output.with_suffix(".data")) as data_flags:
+        code, lines = _launch(row, root, output, struck, data_flags)
     attempts = [(at, line) for at, line in lines if line.startswith("launch: attempt ")]
     told = verdict.read(outcome.folder(output, 1)) or verdict.inferred(outcome.folder(output, 1))
     ended = Ended(row.name, row.ends, code, len(attempts), told, attempts[-1][1] if attempts else "")
-    if not struck.is_file():
+    if row.act and not struck.is_file():
         ended.problems.append("the fault did not strike")
-    elif told and row.kind:
+    elif row.act and told and row.kind:
         ended.known = told.time - float(struck.read_text())
         ended.gone = attempts[0][0] - told.time if attempts else None
     ended.problems += _problems(row, ended, attempts, weights(output), expected, output)
@@ -99,7 +101,9 @@ def weights(output: Path) -> str:
         return ""
 
 
-def _launch(row: Row, root: Path, output: Path, struck: Path) -> tuple[int, list[tuple[float, str]]]:
+def _launch(
+    row: Row, root: Path, output: Path, struck: Path, data_flags: list[str]
+) -> tuple[int, list[tuple[float, str]]]:
     """Exit code and output, each line with the time it came at."""
     fault = {name: getattr(row, name) for name in ("act", "phase", "step", "rank", "attempts")} | {
         "struck": str(struck)
@@ -107,7 +111,7 @@ def _launch(row: Row, root: Path, output: Path, struck: Path) -> tuple[int, list
     options = ["--num_accelerators", "2", "--master_port", str(_free_port()), "--max-restarts", "2", "--backoff", "0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "laser_dist.bench.faults.launcher", *options, str(root / "recipe.toml")]
-        + ["--output", str(output), *row.flags],
+        + ["--output", str(output), *row.flags, *data_flags],
         env={**os.environ, FAULT: json.dumps(fault), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -140,8 +144,8 @@ def _problems(
     if bool(row.kind) != bool(told):
         problems.append(f"verdict: {told.line if told else 'none'}")
     if told and row.kind:
-        where = (row.step, row.phase) if row.placed else (told.step, told.phase)
-        if (told.rank, told.kind, told.step, told.phase) != (row.rank, row.kind, *where):
+        expected_place = (row.rank, row.step, row.phase) if row.placed else (told.rank, told.step, told.phase)
+        if (told.kind, told.rank, told.step, told.phase) != (row.kind, *expected_place):
             problems.append(f"verdict: {told.line}")
         if not list(outcome.folder(output, 1).glob("stacks-*.txt")):
             problems.append("no stacks")

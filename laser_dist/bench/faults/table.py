@@ -28,6 +28,10 @@ class Row:
     rank: int = 1
     attempts: int = ONCE
     """Attempts that the fault strikes in."""
+    shards: str = ""
+    """What is done to a copy of the shards before the run, of data.py; for acts that are none ("")."""
+    server: tuple[str, ...] = ()
+    """The first answers of an HTTP server for each shard (see FaultyServer); for acts that are none ("")."""
     flags: tuple[str, ...] = ()
     """Of training, beside the recipe's."""
     placed: bool = True
@@ -35,6 +39,8 @@ class Row:
 
     @property
     def name(self) -> str:
+        if not self.act:
+            return f"shard {self.shards} | data | -" if self.shards else f"HTTP {', '.join(self.server)} | data | -"
         where = f"{self.phase}, step {self.step}" if self.step else self.phase
         again = ", each time" if self.attempts > ONCE else ""
         return f"{self.act} | {where}{again} | rank {self.rank}"
@@ -103,4 +109,20 @@ NO_ALARM = (
     Row("the whole job is paused", "forward", "unharmed"),
     Row("the clock jumps", "forward", "unharmed"),
 )
-ROWS = (*DEATHS, *STOPS, *HANGS, *ERRORS, *SIGNALS, *NO_ALARM)
+NUMBERS = (
+    Row("a weight is NaN", "data", "stopped", "failed", "not finite", rank=1, placed=False),
+    Row("a weight is infinite", "data", "stopped", "failed", "not finite", rank=0, placed=False),
+)
+SHARDS = tuple(
+    Row("", "data", "stopped", "failed", "shard", placed=False, shards=damage)
+    for damage in ("truncated", "with a flipped bit", "empty", "missing", "swapped with another")
+)
+SERVER = ("--data.timeout", "2")
+HTTP = (
+    *(
+        Row("", "data", "unharmed", server=(fault,), flags=SERVER)
+        for fault in ("408", "429", "500", "503", "reset", "truncated", "altered", "stall", "stall within")
+    ),
+    Row("", "data", "stopped", "failed", "404", placed=False, server=("404",) * 99, flags=SERVER),
+)
+ROWS = (*DEATHS, *STOPS, *HANGS, *ERRORS, *SIGNALS, *NO_ALARM, *NUMBERS, *SHARDS, *HTTP)
