@@ -25,7 +25,7 @@ class Sighting:
     tick_age: float = 0.0
     """Seconds without a new phase, and without a tick."""
     state: str | None = None
-    """Of its process, as in /proc; "" if it is gone, None if it is on another host."""
+    """Of its process, as in /proc; "" if it is gone, "?" where that is not known, None if it is on another host."""
 
     @property
     def remote(self) -> bool:

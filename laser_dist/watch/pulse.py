@@ -48,7 +48,7 @@ class Beat:
     host: str
     pid: int
     started: int
-    """Clock ticks from boot to the process's start: a number may come again, both together do not."""
+    """Clock ticks from boot to the process's start: a number may come again, both together do not. 0: nobody knows."""
     namespace: int
     """Of process ids: those of another one mean nothing here."""
     step: int = 0
@@ -75,8 +75,11 @@ class Beat:
 def identity() -> Beat:
     """A beat of this process, from what the launcher says."""
     pid = os.getpid()
-    _, started = process(pid) or ("", 0)
-    namespace = os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else 0
+    started = namespace = 0
+    with suppress(OSError):
+        if os.readlink("/proc/self") == str(pid):  # in some containers /proc is another namespace's
+            started = (process(pid) or ("", 0))[1]
+            namespace = os.stat("/proc/self/ns/pid").st_ino
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return Beat(rank, ranks, socket.gethostname(), pid, started, namespace)
 

@@ -165,6 +165,8 @@ class Watchdog:
     def _state(self, beat: Beat) -> str | None:
         if self._is_remote(beat):
             return None
+        if not beat.started:
+            return "?"
         found = pulse.process(beat.pid)
         return found[0] if found and found[1] == beat.started else ""
 
