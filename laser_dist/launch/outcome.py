@@ -21,6 +21,8 @@ from laser_dist.watch.watchdog import Watchdog
 
 ATTEMPT = "LASER_DIST_ATTEMPT"
 """Environment variable: the number of the attempt, set by the supervisor; without it nothing is written."""
+LONGEST_END = 30.0
+"""Seconds; a watchdog that found something wrong takes much less to end its process."""
 EXIT_PREEMPTED = 75
 """Exit code after a signal asked to stop and a checkpoint was saved: resume later (EX_TEMPFAIL)."""
 
@@ -76,6 +78,8 @@ def reported(output: str | Path, watchdog: Watchdog | None = None) -> Iterator[O
     try:
         yield outcome
     except Asked as asked:
+        if watchdog and watchdog.found_at:
+            time.sleep(LONGEST_END)  # a launcher sends signals to those who are left: the watchdog says why, and ends
         leave(EXIT_PREEMPTED, str(asked))
         if watchdog and watchdog.active:
             watchdog.close(EXIT_PREEMPTED)

@@ -53,7 +53,9 @@ class Watchdog:
         self.leaving = threading.Event()
         self.claimed = threading.Lock()
         """Taken by whichever thread ends the rank."""
-        self.found_at = self.remote_awake = 0.0
+        self.remote_awake = 0.0
+        self.found_at = 0.0
+        """When something was found to be wrong: seconds since the epoch, 0 for not yet."""
         self.on_end: Callable[[int, str], None] = lambda code, reason: None
         """Called before the process ends from here, with its code and why."""
         self.on_verdict: Callable[[Verdict], None] = lambda told: None
