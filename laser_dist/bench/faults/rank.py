@@ -61,7 +61,8 @@ def _in_phase(fault: dict) -> None:
 
 
 def strike(fault: dict) -> None:
-    Path(fault["struck"]).write_text(str(time.time()))
+    if not (struck := Path(fault["struck"])).exists():
+        struck.write_text(str(time.time()))
     ACTS[fault["act"]]()
 
 

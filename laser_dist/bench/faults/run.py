@@ -84,8 +84,10 @@ def run_row(row: Row, root: Path, output: Path, expected: str) -> Ended:
     if row.act and not struck.is_file():
         ended.problems.append("the fault did not strike")
     elif row.act and told and row.kind:
-        ended.known = told.time - float(struck.read_text())
-        ended.gone = attempts[0][0] - told.time if attempts else None
+        at = float(struck.read_text())
+        known = told.time if told.told_by >= 0 else at  # a supervisor that infers it says not when
+        ended.known = known - at if told.told_by >= 0 else None
+        ended.gone = attempts[0][0] - known if attempts else None
     ended.problems += _problems(row, ended, attempts, weights(output), expected, output)
     ended.seconds = time.monotonic() - began
     ended.output = [line for _, line in lines] if ended.problems else []
@@ -153,16 +155,14 @@ def _problems(
 
 
 def _late(row: Row, ended: Ended, output: Path) -> list[str]:
+    late = [f"gone {ended.gone:.1f} s later, allowed are {GONE:.0f}"] if (ended.gone or 0.0) > GONE else []
     if ended.known is None or not row.placed:
-        return []
+        return late
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()] if row.step else []
     steps = [sum(value for name, value in row.items() if name.startswith("time/")) for row in rows]
     usual = 3 * median([s for s in steps if s] or [0.0]) + 5.0
     allowed = KNOWN if row.kind in ("died", "failed") else usual + KNOWN
-    late = [f"known after {ended.known:.1f} s, allowed are {allowed:.1f}"] if ended.known > allowed else []
-    if ended.gone is not None and ended.gone > GONE:
-        late.append(f"gone {ended.gone:.1f} s later, allowed are {GONE:.0f}")
-    return late
+    return late + ([f"known after {ended.known:.1f} s, allowed are {allowed:.1f}"] if ended.known > allowed else [])
 
 
 def _free_port() -> int:
