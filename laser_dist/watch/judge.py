@@ -12,7 +12,7 @@ from laser_dist.watch.pulse import Beat, never
 SAVED = 75
 REMOTE_DELAY = 30.0
 """Seconds more for ranks of other hosts, whose pulses come by a shared file system's caches."""
-SILENT = 2.0
+SILENT = 1.0
 """Seconds without a tick after which a process is told to be stopped or locked, once it is overdue."""
 
 

@@ -174,6 +174,8 @@ class Watchdog:
 
     def _end(self, finding: Finding) -> None:
         """In the watchdog's thread: the run cannot go on. The training thread has a while to say so by itself."""
+        if self.claimed.locked():  # the training thread says it already
+            return
         self.found_at = time.time()
         self.pulse.end(1, finding.rank, finding.kind, finding.cause)
         deadline = time.monotonic() + (GRACE if finding.sudden else 0.0)
@@ -200,8 +202,8 @@ class Watchdog:
     def _conclude(self, finding: Finding) -> None:
         """Stacks of the one to blame, if it cannot write them; the verdict; and the end of a process that cannot."""
         sighting = self.seen.get(finding.rank)
-        stuck = sighting and finding.kind in ("stopped", "locked") and self._state(sighting.beat)
-        if stuck:  # it can neither write its stacks by itself nor end
+        stuck = finding.kind in ("stopped", "locked")
+        if sighting and stuck and self._state(sighting.beat):  # it cannot write its stacks by itself
             self.stacks.neighbour(sighting.beat.pid, finding.rank)
             time.sleep(SETTLE)
         self._wait_for_others(finding.rank)
@@ -210,9 +212,18 @@ class Watchdog:
         told.time = self.found_at
         if verdict.write_once(self.folder, told):
             self.on_verdict(told)
-        if stuck:
-            with suppress(OSError):
-                os.kill(sighting.beat.pid, signal.SIGKILL)
+        if sighting and finding.rank != self.own.rank and finding.kind in ("stopped", "locked", "hung"):
+            self._require_end(sighting.beat, 0.0 if stuck else OTHERS)
+
+    def _require_end(self, beat: Beat, seconds: float) -> None:
+        """Kill a process of this host that does not end by itself."""
+        deadline = time.monotonic() + seconds
+        while beat.started and self._state(beat):
+            if time.monotonic() >= deadline:
+                with suppress(OSError):
+                    os.kill(beat.pid, signal.SIGKILL)
+                return
+            time.sleep(0.05)
 
     def _wait_for_others(self, culprit: int) -> None:
         """Until the other ranks of this host have seen it or ended, or OTHERS seconds."""

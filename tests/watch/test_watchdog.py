@@ -104,7 +104,7 @@ def job(tmp_path: Path):
         ("ctypes.string_at(0)", "died", -11, "Segmentation fault"),
         ("os.kill(os.getpid(), signal.SIGSTOP)", "stopped", -9, "SIGSTOP"),
         ("time.sleep(120)", "hung", 1, "no progress"),
-        ("ctypes.PyDLL(None).sleep(120)", "locked", -9, "interpreter is locked"),
+        ("ctypes.PyDLL(None).sem_wait(bytes(64))", "locked", -9, "interpreter is locked"),
         ("raise KeyError('x')", "failed", 1, "KeyError: 'x'"),
         ("raise UserError('mend this')", "failed", 1, "mend this"),
         ("collective()", "hung", 1, "all ranks wait for each other"),

@@ -46,8 +46,8 @@ def spins() -> None:
 
 
 def locks() -> None:
-    """A C function that waits without letting go of the interpreter."""
-    ctypes.PyDLL(None).sleep(int(LONG))
+    """A C function that waits for ever, for a semaphore, without letting go of the interpreter."""
+    ctypes.PyDLL(None).sem_wait(ctypes.create_string_buffer(64))
 
 
 def raises() -> None:
