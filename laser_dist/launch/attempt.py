@@ -118,7 +118,7 @@ class Attempt:
                 self.job.hosts.processes(self.job.output, "end")
             reader.join(timeout=5)
         told = verdict.read(records) or verdict.inferred(records)
-        return self._result(process.wait(), _read_outcomes(records), told, time.monotonic() - began)
+        return self._result(process.wait(), read_outcomes(records), told, time.monotonic() - began)
 
     def _command(self) -> list[str]:
         """DeepSpeed's launcher on a resolved recipe: no value passes through a remote shell, whatever is in it."""
@@ -231,7 +231,7 @@ def _ranks(numbers: list[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
-def _read_outcomes(records: Path) -> dict[int, Outcome]:
+def read_outcomes(records: Path) -> dict[int, Outcome]:
     found = {}
     for path in sorted(records.glob("rank-*.json")):
         record = Outcome(**json.loads(path.read_text(encoding="utf-8")))

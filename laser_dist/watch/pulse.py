@@ -123,7 +123,7 @@ class Pulse:
 
     def __init__(self, path: Path, beat: Beat, limits: Limits) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.beat, self.limits = beat, limits
+        self.path, self.beat, self.limits = path, beat, limits
         self.seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._lock = threading.Lock()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)

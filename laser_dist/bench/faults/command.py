@@ -1,6 +1,7 @@
 """The command: which rows, how they ended, and the table."""
 
 import json
+import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from laser_dist.errors import UserError
 
 HELP = """Strike a real run on two ranks with each of the faults in the table, and check how it ends.
 
-Every row is a run of its own under `laser-dist launch`: on two CPU cores about half a minute, with the restart.
+Every row is a run of its own under `laser-dist launch`, with the restart where it needs one.
 
 Examples:
   laser-dist bench faults --list
@@ -26,6 +27,8 @@ class Settings:
 
     only: tuple[str, ...] = ()
     """Rows whose name holds one of these."""
+    cold: bool = False
+    """Start every attempt with DeepSpeed's launcher: ranks then import for themselves, half a minute for each row."""
     list: bool = False
     """Print the rows' names and end."""
     out: Path | None = None
@@ -46,7 +49,7 @@ def main(arguments: list[str]) -> int:
         print("\n".join(f"{row.name}: {row.ends}" for row in rows))
         return 0
     with tempfile.TemporaryDirectory(prefix="laser-dist-faults-") as name:
-        ended = run_rows(rows, Path(name))
+        ended = run_rows(rows, Path(name), cold=settings.cold)
     if settings.out is not None:
         settings.out.mkdir(parents=True, exist_ok=True)
         (settings.out / "faults.md").write_text(markdown(ended), encoding="utf-8")
@@ -57,19 +60,21 @@ def main(arguments: list[str]) -> int:
     return 0 if right == len(ended) else 1
 
 
-def run_rows(rows: list, root: Path) -> list:
+def run_rows(rows: list, root: Path, *, cold: bool = False) -> list:
     """Each row after the other, with a line for each as it ends."""
+    from laser_dist.bench.faults import warm
     from laser_dist.bench.faults.run import build, run_row, weights
     from laser_dist.bench.faults.table import Row
 
-    build(root)
-    run_row(Row("none", "none", "unharmed"), root, root / "whole", "")
+    # In a process of its own: what it starts must not be there in the one that ranks are forked from.
+    os.waitpid(warm.fork(lambda: build(root), {}, os.dup(1)), 0)
+    run_row(Row("none", "none", "unharmed"), root, root / "whole", "", cold=cold)
     expected = weights(root / "whole")
     if not expected:
         raise UserError(f"a run without a fault does not come to its end: {root / 'whole'}")
     ended = []
     for number, row in enumerate(rows, 1):
-        end = run_row(row, root, root / f"run-{number}", expected)
+        end = run_row(row, root, root / f"run-{number}", expected, cold=cold)
         ended.append(end)
         told = "; ".join(end.problems) or "right"
         print(f"{number}/{len(rows)} {end.name} | {end.ends}: {told} ({_times(end)}{end.seconds:.0f} s)", flush=True)

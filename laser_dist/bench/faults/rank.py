@@ -19,14 +19,14 @@ FAULT = "LASER_DIST_BENCH_FAULT"
 """JSON: act, phase, step, rank, attempts, and `struck`, a file that takes the time of the act."""
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     fault = json.loads(os.environ[FAULT])
     due = fault["act"] and int(os.environ["RANK"]) == fault["rank"] and int(os.environ[ATTEMPT]) <= fault["attempts"]
     if due and fault["phase"] == "init":
         _before_ranks_meet(fault)
     elif due:
         _in_phase(fault)
-    return run("laser_dist.train", sys.argv[1:])
+    return run("laser_dist.train", arguments)
 
 
 def _before_ranks_meet(fault: dict) -> None:
@@ -67,4 +67,4 @@ def strike(fault: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

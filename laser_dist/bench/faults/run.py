@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import IO
 
+from laser_dist.bench.faults import warm
 from laser_dist.bench.faults.data import served
 from laser_dist.bench.faults.rank import FAULT
 from laser_dist.bench.faults.table import SAVED_EVERY, STEPS, Row
@@ -45,8 +48,8 @@ class Ended:
     """What was printed, if there are problems."""
 
 
-def build(root: Path) -> None:
-    """A tiny model, shards, a dev set and a recipe."""
+def build(root: Path) -> int:
+    """A tiny model, shards, a dev set and a recipe; returns an exit code."""
     from laser_dist.data import sample_folder
     from laser_dist.data.preparation import prepare
     from laser_dist.testing.tiny import tiny_model_folder
@@ -67,17 +70,21 @@ def build(root: Path) -> None:
         f'[model]\nname = "{root}/model"\ndtype = "float32"\n'
         f'[data]\ntrain = "{root}/shards"\n'
         f'[train]\nqueries_per_rank = 2\nmax_steps = {STEPS}\ndeepspeed = "zero3-test"\n'
-        f"[checkpoint]\nevery = {SAVED_EVERY}\nkeep = 9\n"
+        f"[checkpoint]\nevery = {SAVED_EVERY}\nkeep = 9\n[launch]\npreflight = false\n"
         f'[evaluation]\ncorpus = "{root}/corpus.jsonl"\nqueries = "{root}/queries.jsonl"\nqrels = "{root}/qrels.tsv"\n'
     )
+    return 0
 
 
-def run_row(row: Row, root: Path, output: Path, expected: str) -> Ended:
-    """Launch two ranks with the row's fault into `output`; `expected`: hash of the last weights without faults."""
+def run_row(row: Row, root: Path, output: Path, expected: str, *, cold: bool = False) -> Ended:
+    """Launch two ranks with the row's fault into `output`; `expected`: hash of the last weights without faults.
+
+    `cold`: with DeepSpeed's launcher instead of forks.
+    """
     began = time.monotonic()
     struck = output.with_suffix(".struck")
     with served(row, root / "shards", output.with_suffix(".data")) as data_flags:
-        code, lines = _launch(row, root, output, struck, data_flags)
+        code, lines = _launch(row, root, output, struck, data_flags, cold)
     attempts = [(at, line) for at, line in lines if line.startswith("launch: attempt ")]
     told = verdict.read(outcome.folder(output, 1)) or verdict.inferred(outcome.folder(output, 1))
     ended = Ended(row.name, row.ends, code, len(attempts), told, attempts[-1][1] if attempts else "")
@@ -104,17 +111,29 @@ def weights(output: Path) -> str:
 
 
 def _launch(
-    row: Row, root: Path, output: Path, struck: Path, data_flags: list[str]
+    row: Row, root: Path, output: Path, struck: Path, data_flags: list[str], cold: bool
 ) -> tuple[int, list[tuple[float, str]]]:
     """Exit code and output, each line with the time it came at."""
     fault = {name: getattr(row, name) for name in ("act", "phase", "step", "rank", "attempts")} | {
         "struck": str(struck)
     }
     options = ["--num_accelerators", "2", "--master_port", str(_free_port()), "--max-restarts", "2", "--backoff", "0"]
+    arguments = [*options, str(root / "recipe.toml"), "--output", str(output), *row.flags, *data_flags]
+    environment = {FAULT: json.dumps(fault), "OMP_NUM_THREADS": "1"}
+    pid, printed = (_cold if cold else warm.start)(arguments, environment)
+    limit = threading.Timer(LIMIT, lambda: (os.killpg(pid, signal.SIGKILL), processes.end(str(output))))
+    limit.start()
+    with printed:
+        lines = [(time.time(), line.rstrip()) for line in printed]
+    limit.cancel()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lines
+
+
+def _cold(arguments: list[str], environment: dict[str, str]) -> tuple[int, IO[str]]:
+    """`laser-dist launch` in a process of its own, with DeepSpeed's launcher: its process and what it prints."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "laser_dist.bench.faults.launcher", *options, str(root / "recipe.toml")]
-        + ["--output", str(output), *row.flags, *data_flags],
-        env={**os.environ, FAULT: json.dumps(fault), "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "laser_dist.bench.faults.launcher", *arguments],
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -122,11 +141,7 @@ def _launch(
         start_new_session=True,
     )
     assert process.stdout
-    limit = threading.Timer(LIMIT, lambda: (process.kill(), processes.end(str(output))))
-    limit.start()
-    lines = [(time.time(), line.rstrip()) for line in process.stdout]
-    limit.cancel()
-    return process.wait(), lines
+    return process.pid, process.stdout
 
 
 def _problems(

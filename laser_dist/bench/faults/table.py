@@ -52,7 +52,8 @@ def _died(act: str, phase: str, cause: str = "", **other: object) -> Row:
 
 DEATHS = (
     Row("killed", "init", "recovered", step=0),
-    *(_died("killed", phase, step=0) for phase in ("preflight", "load")),
+    _died("killed", "preflight", step=0, flags=("--launch.preflight",)),
+    _died("killed", "load", step=0),
     *(_died("killed", phase) for phase in ("data", "wait", "forward", "loss", "backward", "optimizer")),
     _died("killed", "forward", rank=0),
     _died("killed", "between steps"),
