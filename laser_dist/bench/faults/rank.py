@@ -30,15 +30,18 @@ def main(arguments: list[str]) -> int:
 
 
 def _before_ranks_meet(fault: dict) -> None:
-    from laser_dist.distributed import engine
+    from laser_dist.observability.console import quiet_libraries
 
-    original = engine.init_distributed
+    quiet_libraries()
+    from laser_dist import trainer
 
-    def struck(timeout: float) -> object:
+    original = trainer.init_distributed
+
+    def struck(timeout: float) -> Any:
         strike(fault)
         return original(timeout)
 
-    engine.init_distributed = struck
+    trainer.init_distributed = struck
 
 
 def _in_phase(fault: dict) -> None:

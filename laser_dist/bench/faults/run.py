@@ -10,7 +10,6 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import IO
 
 from laser_dist.bench.faults import warm
@@ -18,13 +17,14 @@ from laser_dist.bench.faults.data import served
 from laser_dist.bench.faults.rank import FAULT
 from laser_dist.bench.faults.table import SAVED_EVERY, STEPS, Row
 from laser_dist.launch import outcome, processes
-from laser_dist.watch import verdict
+from laser_dist.watch import pulse, verdict
 from laser_dist.watch.verdict import Verdict
 
 LIMIT = 180.0
 """Seconds for a row: what takes longer hangs."""
 KNOWN, GONE = 1.0, 10.0
-"""Seconds within which a dead rank is known, and within which the attempt is over then."""
+"""Seconds within which a dead rank is known (a stopped or hung one: after those it may be so), and within which the
+attempt is over then."""
 
 
 @dataclass
@@ -173,10 +173,9 @@ def _late(row: Row, ended: Ended, output: Path) -> list[str]:
     late = [f"gone {ended.gone:.1f} s later, allowed are {GONE:.0f}"] if (ended.gone or 0.0) > GONE else []
     if ended.known is None or not row.placed:
         return late
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()] if row.step else []
-    steps = [sum(value for name, value in row.items() if name.startswith("time/")) for row in rows]
-    usual = 3 * median([s for s in steps if s] or [0.0]) + 5.0
-    allowed = KNOWN if row.kind in ("died", "failed") else usual + KNOWN
+    beat = pulse.read(pulse.path_of(outcome.folder(output, 1), row.rank))
+    promised = beat.brief if beat and row.kind in ("stopped", "locked", "hung") else 0.0  # 3 median steps and 5 s
+    allowed = promised + KNOWN
     return late + ([f"known after {ended.known:.1f} s, allowed are {allowed:.1f}"] if ended.known > allowed else [])
 
 
