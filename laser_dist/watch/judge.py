@@ -48,9 +48,13 @@ class Finding:
     cause: str
 
     @property
-    def sudden(self) -> bool:
-        """The others' collectives may fail by it as well, so that they end by themselves."""
-        return self.kind in ("failed", "died")
+    def grace(self) -> float:
+        """Seconds for the training threads of the others to fail by themselves: then each says why, and tidies up.
+
+        All ranks may fail alike. A lost peer is noticed by gloo at once, unless its loader processes hold its
+        connections; NCCL waits. For one that is stuck all wait.
+        """
+        return {"failed": 3.0, "died": 1.0}.get(self.kind, 0.0)
 
 
 def judge(own: int, seen: Mapping[int, Sighting]) -> Finding | None:

@@ -27,8 +27,6 @@ from laser_dist.watch.verdict import Verdict
 INTERVAL = 0.2
 """Seconds between two looks at ranks of this host."""
 REMOTE_INTERVAL = 5.0
-GRACE = 3.0
-"""Seconds for the training thread to fail by itself after another rank was lost: then it says why, and tidies up."""
 OTHERS = 3.0
 """Seconds for the other ranks to have seen it as well: a launcher may end them as soon as one is gone."""
 SETTLE = 0.5
@@ -178,7 +176,7 @@ class Watchdog:
             return
         self.found_at = time.time()
         self.pulse.end(1, finding.rank, finding.kind, finding.cause)
-        deadline = time.monotonic() + (GRACE if finding.sudden else 0.0)
+        deadline = time.monotonic() + finding.grace
         while time.monotonic() < deadline and not self.claimed.locked():
             time.sleep(0.05)
         if not self.claimed.acquire(blocking=False):

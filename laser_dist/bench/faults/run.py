@@ -121,7 +121,12 @@ def _launch(
     arguments = [*options, str(root / "recipe.toml"), "--output", str(output), *row.flags, *data_flags]
     environment = {FAULT: json.dumps(fault), "OMP_NUM_THREADS": "1"}
     pid, printed = (_cold if cold else warm.start)(arguments, environment)
-    limit = threading.Timer(LIMIT, lambda: (os.killpg(pid, signal.SIGKILL), processes.end(str(output))))
+
+    def end() -> None:
+        os.killpg(pid, signal.SIGKILL)
+        processes.end(str(output))
+
+    limit = threading.Timer(LIMIT, end)
     limit.start()
     with printed:
         lines = [(time.time(), line.rstrip()) for line in printed]
