@@ -139,6 +139,9 @@ class DataConfig:
     """Seconds without an answer or a byte after which a server is asked again."""
     attempts: int = 5
     """Attempts to fetch a shard, with growing pauses, before it counts as damaged."""
+    skip_steps: tuple[int, ...] = ()
+    """Optimizer steps, from 1, whose examples are passed over without being read; see `laser-dist launch
+    --skip-poisoned-step`."""
 
     @property
     def sources(self) -> dict[str, float]:
@@ -152,6 +155,7 @@ class DataConfig:
         _require(self.homogeneous >= 0, "data.homogeneous", self.homogeneous, "must be 0 or more")
         _require(0 <= self.max_skipped < 1, "data.max_skipped", self.max_skipped, "must be in [0, 1)")
         _require(self.attempts >= 1, "data.attempts", self.attempts, "must be at least 1")
+        _require(all(step >= 1 for step in self.skip_steps), "data.skip_steps", self.skip_steps, "steps count from 1")
         for name in ("cache_gib", "timeout"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, f"data.{name}", value, "must be finite and positive")
@@ -369,9 +373,17 @@ class LaunchConfig:
     """With several ranks, check before the first step that all hosts are alike, share the output and see the data."""
     timeout: float = 600.0
     """Seconds a rank waits for the others in one collective; a rank that saves or evaluates lets the others wait."""
+    hang_steps: float = 3.0
+    """A rank that stays in one phase of a step for so many median steps plus hang_seconds counts as hung, and the run
+    is ended (data: data.timeout at least). Saving, evaluating and the first steps take what they take. 0: never."""
+    hang_seconds: float = 5.0
+    """See hang_steps. A rank whose process is stopped may be so for as long, in any phase."""
 
     def __post_init__(self) -> None:
         _require(10 <= self.timeout < math.inf, "launch.timeout", self.timeout, "must be finite and at least 10")
+        steps, seconds = self.hang_steps, self.hang_seconds
+        _require(steps == 0 or 1 <= steps < math.inf, "launch.hang_steps", steps, "0 (off), or at least 1")
+        _require(1 <= seconds < math.inf, "launch.hang_seconds", seconds, "must be finite and at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

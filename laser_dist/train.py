@@ -1,16 +1,18 @@
 """Entry of training: `laser-dist train RECIPE.toml ...` or `deepspeed --module laser_dist.train RECIPE.toml ...`."""
 
 import os
+import signal
 import sys
+from typing import NoReturn
 
 from laser_dist.cli import run
-from laser_dist.config import load_config
+from laser_dist.config import RunConfig, load_config
+from laser_dist.data.streaming.store import LONGEST_PAUSE, is_remote
 from laser_dist.ds_config import resolve
-from laser_dist.launch.outcome import reported
+from laser_dist.launch.outcome import EXIT_PREEMPTED, Asked, own_folder, reported
 from laser_dist.launch.ranks import adopt_ranks
-
-EXIT_PREEMPTED = 75
-"""Exit code after a signal asked to stop and a checkpoint was saved: resume later (EX_TEMPFAIL)."""
+from laser_dist.watch import watchdog
+from laser_dist.watch.pulse import Limits
 
 
 def main(arguments: list[str]) -> int:
@@ -19,7 +21,10 @@ def main(arguments: list[str]) -> int:
     # The launcher's own argument; the environment says the same.
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
     config = load_config(arguments)
-    with reported(config.output) as outcome:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _asked_early)  # until there are steps to finish and something to save
+    watchdog.current = watchdog.Watchdog(own_folder(config.output), limits(config))
+    with reported(config.output, watchdog.current) as outcome:
         ds_config = resolve(config.train.deepspeed, config)
         os.environ.setdefault("WDS_SECURE", "1")
 
@@ -30,6 +35,21 @@ def main(arguments: list[str]) -> int:
 
         outcome.code = 0 if Trainer(config, ds_config).fit() else EXIT_PREEMPTED
     return outcome.code
+
+
+def _asked_early(number: int, _: object) -> NoReturn:
+    raise Asked(f"{signal.Signals(number).name} came before the first step")
+
+
+def limits(config: RunConfig) -> Limits:
+    """When a rank counts as hung. A traced step takes longer than the others, so that profiles are not timed."""
+    fetch = config.data.attempts * (config.data.timeout + LONGEST_PAUSE)
+    remote = any(is_remote(place) for place in config.data.sources)
+    return Limits(
+        0.0 if config.profile.active else config.launch.hang_steps,
+        config.launch.hang_seconds,
+        fetch if remote else config.data.timeout,
+    )
 
 
 if __name__ == "__main__":

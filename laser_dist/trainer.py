@@ -37,6 +37,7 @@ from laser_dist.retrieval.encoder import LaserEncoder
 from laser_dist.retrieval.evaluation.evaluate import evaluate
 from laser_dist.run_folder import checkpoints_of
 from laser_dist.run_inputs import fingerprint, open_quarantine, read_dev_set, total_steps
+from laser_dist.watch import pulse, watchdog
 
 
 class Trainer:
@@ -55,8 +56,10 @@ class Trainer:
         self.dev = read_dev_set(config)
 
         device = init_distributed(config.launch.timeout)
+        watchdog.meet(gather_objects)
         if config.launch.preflight:
-            preflight(config, ds_config, self.data, device)
+            with pulse.phase("preflight"):
+                preflight(config, ds_config, self.data, device)
         self.objective = AlignmentObjective(config.objective, config.trajectory_temperature)
         self.kernel = self.objective.kernel_on(device)
         self.attention = check_attention(config.model, device)
@@ -87,7 +90,8 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the end; False if a signal stopped the run early (its checkpoint is saved)."""
         config, output, is_first = self.config, Path(self.config.output), rank() == 0
-        start = self._resume()
+        with pulse.phase("resume"):
+            start = self._resume()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: setattr(self, "stop_requested", True))
         if is_first:
@@ -102,6 +106,7 @@ class Trainer:
             world_size=world_size(),
             start=self.position,
             total=(self.total_steps - start) * config.train.accumulation,
+            gaps=self._gaps(start),
         )
         self.best_metric = self.store.best_metric()
         with (
@@ -113,11 +118,14 @@ class Trainer:
             self.log.config(config)
             self._announce(start)
             for step in range(start, self.total_steps):
-                with profiler.step(step + 1):
-                    values = self.step(step, batches)
-                if step % config.logging.every == 0 or step + 1 == self.total_steps:
-                    self.log.scalars(step + 1, values)
-                    self.progress.update(step + 1, values)
+                if step + 1 in config.data.skip_steps:
+                    self._pass_over(step + 1)
+                else:
+                    with profiler.step(step + 1), pulse.step(step + 1):
+                        values = self.step(step, batches)
+                    if step % config.logging.every == 0 or step + 1 == self.total_steps:
+                        self.log.scalars(step + 1, values)
+                        self.progress.update(step + 1, values)
                 if self._after_step(step + 1):
                     return step + 1 == self.total_steps
         return True
@@ -134,6 +142,7 @@ class Trainer:
                 with clock.phase("data"):
                     loaded, chunks = self._next(batches)
                     batch = loaded.packed.to(self.engine.device)
+                    pulse.examples(batch.query_ids)
                 with clock.phase("forward"):
                     views = self.grad_cache.forward(batch, chunks)
                 with clock.phase("loss"):
@@ -158,7 +167,17 @@ class Trainer:
             "train/epoch": loaded.epoch,
             "data/skipped_shards": float(self.quarantine.shards),
             "data/skipped_examples": float(self.quarantine.lost),
+            "data/skipped_steps": float(sum(skipped <= step for skipped in config.data.skip_steps)),
         }
+
+    def _gaps(self, start: int) -> list[tuple[int, int]]:
+        """The micro-batches of data.skip_steps, from those of step `start` on."""
+        per_step, skipped = self.config.train.accumulation, sorted(set(self.config.data.skip_steps))
+        return [((s - 1 - start) * per_step, (s - start) * per_step) for s in skipped if start < s <= self.total_steps]
+
+    def _pass_over(self, step: int) -> None:
+        self.position += self.queries_per_step
+        self.progress.say(f"step {step} passed over with its {self.queries_per_step} queries, as data.skip_steps says")
 
     def _after_step(self, step: int) -> bool:
         """Evaluate and save where due; True if the run ends here."""
@@ -176,12 +195,13 @@ class Trainer:
             state = TrainerState(
                 step, world_size(), self.engine.stage, fingerprint(self.config, self.data), metric, self.position
             )
-            self._publish()
-            self.store.save(self.engine, state, self.text.tokenizer, self.card, best=improved)
+            with pulse.phase("save"):
+                self._publish()
+                self.store.save(self.engine, state, self.text.tokenizer, self.card, best=improved)
+                if last or stop or not self.config.checkpoint.asynchronous:
+                    self._publish(" (stopping: a signal asked for it)" if stop else "")
             if improved:
                 self.best_metric = metric
-            if last or stop or not self.config.checkpoint.asynchronous:
-                self._publish(" (stopping: a signal asked for it)" if stop else "")
         return stop or last
 
     def _publish(self, why: str = "") -> None:
@@ -191,7 +211,8 @@ class Trainer:
     def _evaluate(self, step: int) -> float | None:
         if self.dev is None:
             return None
-        metrics = evaluate(self.encoder, *self.dev).metrics
+        with pulse.phase("evaluate"):
+            metrics = evaluate(self.encoder, *self.dev).metrics
         self.log.scalars(step, {f"dev/{name}": value for name, value in metrics.items()})
         self.progress.say(f"step {step} · dev " + " · ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
         # Rank 0's, to the last bit: whether it is the best decides whether all ranks save.

@@ -15,6 +15,7 @@ BENCHMARKS = {
     "corpus": "laser_dist.bench.corpus",
     "latency": "laser_dist.bench.latency",
     "scaling": "laser_dist.bench.scaling",
+    "faults": "laser_dist.bench.faults",
 }
 USAGE = """usage: laser-dist bench NAME ...
 
@@ -28,6 +29,7 @@ benchmarks:
   corpus   `encode` and exact search of a large corpus, killed and continued: bytes, memory, time
   latency  Encoding with K latent steps, one encoder pass, and rewriting before encoding: time, ratios
   scaling  Bytes held and sent and FLOPs of a step on 1, 2 and 4 processes, counted, beside what `plan` says
+  faults   Real runs struck by faults in every phase: which recover, which stop, who is blamed, how soon
 
 example:
   laser-dist bench step --model Qwen/Qwen3-0.6B --queries 8 --out step.json

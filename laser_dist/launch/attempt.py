@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 from laser_dist.config import to_toml
 from laser_dist.files import replacing
@@ -30,6 +30,8 @@ from laser_dist.launch.environment import for_attempt, write_environment
 from laser_dist.launch.hosts import EXITED, ssh_environment
 from laser_dist.launch.options import Job
 from laser_dist.launch.outcome import Outcome
+from laser_dist.watch import verdict
+from laser_dist.watch.verdict import Verdict
 
 GRACE = 15.0
 """Seconds between a host's failure and the end of the others: a lost peer is noticed in well under one."""
@@ -65,11 +67,16 @@ class Result:
     """0 finished, 2 a user error, 75 saved and stopped, 1 failed."""
     verdict: str
     """One line: what happened on which host and rank."""
+    told: Verdict | None = None
+    """What the ranks found out about a failure."""
 
 
 @dataclass
 class Attempt:
     """The processes of one attempt; `run` starts them and comes back when none is left."""
+
+    module: ClassVar[str] = "laser_dist.train"
+    """What the ranks run."""
 
     job: Job
     number: int
@@ -110,7 +117,8 @@ class Attempt:
                 _kill_group(process)
                 self.job.hosts.processes(self.job.output, "end")
             reader.join(timeout=5)
-        return self._result(process.wait(), _read_outcomes(records), time.monotonic() - began)
+        told = verdict.read(records) or verdict.inferred(records)
+        return self._result(process.wait(), read_outcomes(records), told, time.monotonic() - began)
 
     def _command(self) -> list[str]:
         """DeepSpeed's launcher on a resolved recipe: no value passes through a remote shell, whatever is in it."""
@@ -124,7 +132,7 @@ class Attempt:
             command += ["--no_ssh_check"]  # it would not use the user's ssh options, and names no host
         # DeepSpeed's Slurm launcher forgets --module.
         script = Path(__file__).parents[1] / "train.py"
-        command += [str(script)] if self.job.name == "slurm" else ["--module", "laser_dist.train"]
+        command += [str(script)] if self.job.name == "slurm" else ["--module", self.module]
         return [*command, str(recipe), *(["--resume"] if self.number > 1 else [])]
 
     def _read(self, stream: IO[str] | None) -> None:
@@ -159,7 +167,7 @@ class Attempt:
         done = "asked the ranks to save and stop; again ends them" if action == "stop" else "ended all processes"
         self.say(f"{self.signals.name}: {done} ({told})")
 
-    def _result(self, code: int, outcomes: dict[int, Outcome], seconds: float) -> Result:
+    def _result(self, code: int, outcomes: dict[int, Outcome], told: Verdict | None, seconds: float) -> Result:
         codes = {*self.codes.values(), *(o.code for o in outcomes.values()), code}
         first = min(outcomes, default=0)
         after = f"after {seconds:.0f} s"
@@ -168,20 +176,30 @@ class Attempt:
         if USER in codes:
             reason = next((o.reason for o in outcomes.values() if o.code == USER), "see above")
             return Result(USER, f"not started or stopped {after} by an error to be mended: {reason}")
-        if SAVED in codes and all(o.code in (0, SAVED) for o in outcomes.values()):
+        if SAVED in codes and not told and all(o.code in (0, SAVED) for o in outcomes.values()):
+            if early := next((o.reason for o in outcomes.values() if o.reason), ""):
+                return Result(SAVED, f"stopped {after}, as a signal asked: {early}")
             return Result(SAVED, f"saved and stopped {after}, as a signal asked; --resume goes on from there")
         if self.passed_on and not any(o.code == 1 for o in outcomes.values()):
             return Result(SAVED, f"stopped {after}, as a signal asked, before all ranks could save")
-        return Result(1, f"failed {after}: {self._blame(code, outcomes)}")
+        return Result(1, f"failed {after}: {self._blame(code, outcomes, told)}", told)
 
-    def _blame(self, code: int, outcomes: dict[int, Outcome]) -> str:
-        """Who was lost comes first, then who complained, the earliest first: the loss of one makes the others fail."""
+    def _blame(self, code: int, outcomes: dict[int, Outcome], told: Verdict | None) -> str:
+        """Which host was lost comes first, then what the ranks found out.
+
+        Where they had not met yet: who is silent, then who complained, the earliest first, for the loss of one makes
+        the others fail.
+        """
         ranks = self.job.hosts.ranks()
         parts = []
         for host, own in ranks.items():
             silent = [r for r in own if r not in outcomes]
             if host in self.codes and silent:
                 parts.append(f"{_ended(host, self.codes[host])}, {_ranks(silent)} without a word")
+        if told:
+            killed = f" ({name})" if told.kind == "died" and (name := _signal(code)) else ""
+            stacks = outcome.folder(self.job.output, self.number)
+            return "; ".join([*parts, f"{_shortened(told.line)}{killed}; stacks of all ranks: {stacks}/stacks-*.txt"])
         complaints = sorted((o for o in outcomes.values() if o.code not in (0, SAVED)), key=lambda o: o.time)
         parts += [f"rank {o.rank} on {o.host}: {_shortened(o.reason)}" for o in complaints[: 1 if parts else 2]]
         if not ranks and outcomes:
@@ -193,22 +211,27 @@ class Attempt:
 
 def _shortened(reason: str) -> str:
     """Without the place in a library's sources, which gloo and NCCL begin with."""
-    return textwrap.shorten(re.sub(r"\[\S+\.(cc|cpp):\d+\] ?", "", reason), 200, placeholder=" ...")
+    return textwrap.shorten(re.sub(r"\[\S+\.(cc|cpp):\d+\] ?", "", reason), 300, placeholder=" ...")
 
 
 def _ended(host: str, code: int) -> str:
     if code == 255:
         return f"host {host} was lost (no answer, or ssh was cut)"
-    number = 256 - code if code > 192 else code - 128  # DeepSpeed's launcher exits with -N, a shell with 128 + N
-    killed = signal.Signals(number).name if number in signal.valid_signals() else ""
+    killed = _signal(code)
     return f"on {host} a process was killed by {killed}" if killed else f"host {host} ended with {code}"
+
+
+def _signal(code: int) -> str:
+    """The name of the signal that an exit code speaks of; '' if it speaks of none."""
+    number = 256 - code if code > 192 else code - 128  # DeepSpeed's launcher exits with -N, a shell with 128 + N
+    return signal.Signals(number).name if number in signal.valid_signals() else ""
 
 
 def _ranks(numbers: list[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
-def _read_outcomes(records: Path) -> dict[int, Outcome]:
+def read_outcomes(records: Path) -> dict[int, Outcome]:
     found = {}
     for path in sorted(records.glob("rank-*.json")):
         record = Outcome(**json.loads(path.read_text(encoding="utf-8")))

@@ -1,14 +1,17 @@
 """`laser-dist launch`: DeepSpeed's launcher under supervision, and again after a failure."""
 
+import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from laser_dist.errors import UserError
 from laser_dist.launch.attempt import Attempt, Result, Signals
 from laser_dist.launch.options import HELP, Job, parse
 from laser_dist.run_folder import latest_checkpoint
+from laser_dist.watch.pulse import STEPPING
+from laser_dist.watch.verdict import Verdict
 
 LONGEST_BACKOFF = 300.0
 WAIT_FOR_HOSTS = 600.0
@@ -53,28 +56,61 @@ def _ready(job: Job) -> Job:
 
 
 def _supervise(job: Job, signals: Signals) -> Result:
-    """Attempts, until one ends the run or there is no use in another."""
-    before = _progress(job.output)
-    failures_there = 0
+    """Attempts, until one ends the run or there is no use in another. A line for each: what happened, what is next."""
+    progress = [_progress(job.output)]
+    died_at: list[int] = []
     for number in range(1, job.max_restarts + 2):
         result = Attempt(job, number, signals, say).run()
-        say(f"attempt {number} of {job.max_restarts + 1} {result.verdict}")
+        head = f"attempt {number} of {job.max_restarts + 1} {result.verdict}"
         if result.code != 1 or signals.count:
+            say(head)
             return result
-        now = _progress(job.output)
-        failures_there = 1 if now != before or number == 1 else failures_there + 1
-        before = now
-        where = f"step {now}" if now else "no checkpoint yet"
-        if number > job.max_restarts:
+        progress.append(_progress(job.output))
+        where = f"step {progress[-1]}" if progress[-1] else "no checkpoint yet"
+        poisoned = _poisoned(result.told, died_at)
+        skips = job.skip_poisoned_step and poisoned is not None
+        if final := _no_restart(job, number, progress, poisoned, skips=skips):
+            say(f"{head}; {final} ({where}); " + ("--resume goes on from there" if progress[-1] else "start it again"))
             return result
-        if failures_there > 1:
-            say(f"no restart: two failures in a row without a new checkpoint ({where})")
-            return result
+        if skips and poisoned:
+            job = _without(job, poisoned)
+            head += f"; step {poisoned.step} killed the run twice and is passed over, see launch/poisoned.jsonl"
         pause = min(job.backoff * 2 ** (number - 1), LONGEST_BACKOFF)
-        say(f"restart {number} of {job.max_restarts} in {pause:.0f} s, from {where}")
+        say(f"{head}; restart {number} of {job.max_restarts} in {pause:.0f} s, from {where}")
         if not _wait(pause, signals) or not _hosts_back(job, signals):
             return result
     raise AssertionError("unreachable")
+
+
+def _poisoned(told: Verdict | None, died_at: list[int]) -> Verdict | None:
+    """The verdict, if its step has killed an attempt before; notes the step that this one died at."""
+    if told is None or told.phase not in STEPPING:
+        return None
+    died_at.append(told.step)
+    return told if died_at.count(told.step) > 1 else None
+
+
+def _no_restart(job: Job, number: int, progress: list[int], poisoned: Verdict | None, *, skips: bool) -> str:
+    """Why another attempt would be of no use; '' if it may be, as it is where it `skips` what killed this one."""
+    if poisoned and not skips:
+        queries = ", ".join(poisoned.queries) or "not known"
+        return (
+            f"no restart: step {poisoned.step} killed the run twice; queries of rank {poisoned.rank}'s micro-batch: "
+            f"{queries}. Look at them and at the stacks, or go on without them with --skip-poisoned-step"
+        )
+    if number > job.max_restarts:
+        return "no restart is left" if job.max_restarts else "no restart was asked for with --max-restarts"
+    if number > 1 and progress[-1] == progress[-2] and not skips:
+        return "no restart: two failures in a row without a new checkpoint"
+    return ""
+
+
+def _without(job: Job, poisoned: Verdict) -> Job:
+    """The run without the examples of a step, which is on record."""
+    with (job.output / "launch" / "poisoned.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(poisoned), ensure_ascii=False) + "\n")
+    steps = (*job.config.data.skip_steps, poisoned.step)
+    return replace(job, config=replace(job.config, data=replace(job.config.data, skip_steps=steps)))
 
 
 def _progress(output: Path) -> int:

@@ -16,6 +16,8 @@ Train on every process of one host or many, watch it, and start it again when it
                        after an error of yours (exit code 2) or a stop by signal (75), nor when two failures in a row
                        brought no new checkpoint
   --backoff SECONDS    pause before the first restart, doubled for each one after it, at most 300 (default 5)
+  --skip-poisoned-step when the same step killed the run twice, go on without its examples, and report them in
+                       OUTPUT/launch/poisoned.jsonl; without it the run stops and names them
   --takeover           first end what still runs for this output folder, on all hosts
 
 and DeepSpeed's launcher's own, among them:
@@ -42,7 +44,8 @@ _VALUES = {
     *("--ssh_port", "--venv_script", "--log_level"),
 }
 _SHORT = {"-H": "--hostfile", "-i": "--include", "-e": "--exclude", "--num_accelerators": "--num_gpus"}
-_OURS = {"--max-restarts", "--backoff", "--takeover"}
+_OUR_FLAGS = {"--takeover", "--skip-poisoned-step"}
+_OURS = {"--max-restarts", "--backoff"} | _OUR_FLAGS
 LAUNCHERS = ("pdsh", "openmpi", "slurm", "mpich", "impi", "mvapich")
 
 
@@ -57,6 +60,7 @@ class Job:
     max_restarts: int = 0
     backoff: float = 5.0
     takeover: bool = False
+    skip_poisoned_step: bool = False
 
     @property
     def output(self) -> Path:
@@ -88,6 +92,7 @@ def parse(arguments: list[str]) -> Job:
         max_restarts=_number(ours, "--max-restarts", 0),
         backoff=_number(ours, "--backoff", 5),
         takeover="--takeover" in ours,
+        skip_poisoned_step="--skip-poisoned-step" in ours,
     )
     if job.name not in LAUNCHERS:
         raise UserError(f"--launcher {job.name}: must be one of {', '.join(LAUNCHERS)}.{suggest(job.name, LAUNCHERS)}")
@@ -109,7 +114,7 @@ def _split(arguments: list[str]) -> tuple[dict[str, str | None], list[str]]:
         name = _SHORT.get(name, name)
         if rest and name not in _OURS:
             rest.append(name + equals + value)
-        elif name in _FLAGS or name == "--takeover":
+        elif name in _FLAGS | _OUR_FLAGS:
             options[name] = None
         elif name in _VALUES | _OURS:
             if not equals and not pending:

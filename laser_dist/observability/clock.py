@@ -9,12 +9,14 @@ from contextlib import contextmanager
 import torch
 
 from laser_dist.observability.spans import span
+from laser_dist.watch import pulse
 
 
 class StepClock:
     """Adds up seconds per phase; on a GPU each phase ends with a synchronisation, or its work would be booked later.
 
-    A phase inside another is booked once, on the inner one. Phases are spans of a trace, too.
+    A phase inside another is booked once, on the inner one. Phases are spans of a trace, too, and what other ranks see
+    of this one; an error leaves them in the phase where it came up.
     """
 
     def __init__(self, device: torch.device):
@@ -26,7 +28,7 @@ class StepClock:
     def phase(self, name: str) -> Iterator[None]:
         outer, self._inner = self._inner, 0.0
         start = time.perf_counter()
-        with span(name):
+        with span(name), pulse.phase(name):
             yield
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)

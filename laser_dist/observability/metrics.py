@@ -37,6 +37,7 @@ SCALARS = {
     "data/queries_reusing_negatives": ("share", "mean", "queries with fewer hard negatives than asked for"),
     "data/skipped_shards": ("shards", "sum", "distinct damaged shards met so far, see quarantine.jsonl"),
     "data/skipped_examples": ("examples", "sum", "distinct examples left out so far, those of damaged shards included"),
+    "data/skipped_steps": ("steps", "equal on all ranks", "steps of data.skip_steps passed over so far"),
     "speed/tokens_per_second": ("tokens/s", "sum", "packed tokens, all ranks"),
     "speed/queries_per_second": ("queries/s", "sum", "all ranks"),
     "speed/tokens_per_sweep": (

@@ -1,5 +1,6 @@
 """The supervisor over short processes that stand for DeepSpeed's launcher: real exit codes, signals and leftovers."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from laser_dist.config import read_recipe
 from laser_dist.errors import UserError
 from laser_dist.launch import launch, processes
 from laser_dist.launch.attempt import Attempt
@@ -24,6 +26,12 @@ def speak(code, reason="", rank=0):
     folder.mkdir(parents=True, exist_ok=True)
     record = {"rank": rank, "ranks": 2, "host": "here", "code": code, "reason": reason, "time": time.time()}
     (folder / f"rank-{rank:05d}.json").write_text(json.dumps(record))
+def verdict(step, phase="forward", kind="died"):
+    folder = output / f"launch/attempt-{attempt}"
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {"rank": 1, "host": "here", "step": step, "phase": phase, "kind": kind, "cause": "its process is gone",
+            "told_by": 0, "queries": ["q7", "q8"]}
+    (folder / "verdict.json").write_text(json.dumps(told))
 def save(step):
     (output / "checkpoints").mkdir(exist_ok=True)
     (output / "checkpoints/latest").write_text(f"step-{step:06d}")
@@ -75,6 +83,49 @@ def test_two_failures_without_progress_are_enough(job, capfd: pytest.CaptureFixt
 def test_restarts_are_bounded(job) -> None:
     assert job(*(f"save({step}); sys.exit(1)" for step in range(1, 9)), options=("--max-restarts", "2")) == 1
     assert len(job.commands) == 3
+
+
+def test_the_last_line_says_who_where_why_and_what_next(job, capfd: pytest.CaptureFixture) -> None:
+    assert job("save(4); verdict(5); speak(1, 'RuntimeError: Connection closed'); sys.exit(256 - 9)", options=()) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    for part in (
+        "attempt 1 of 1 failed",
+        "rank 1 on here died in step 5, forward: its process is gone (SIGKILL)",
+        "stacks of all ranks: ",
+        "no restart was asked for with --max-restarts (step 4); --resume goes on from there",
+    ):
+        assert part in last
+    assert "Connection closed" not in last
+
+
+def test_a_step_that_kills_twice_is_named_with_its_queries(job, capfd: pytest.CaptureFixture) -> None:
+    """Also when there was a checkpoint in between, so that each attempt made progress."""
+    plan = ("save(4); verdict(6); sys.exit(1)", "save(5); verdict(6); sys.exit(1)", "speak(0)")
+    assert job(*plan) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert len(job.commands) == 2
+    assert "step 6 killed the run twice" in last and "queries of rank 1's micro-batch: q7, q8" in last
+
+
+def test_a_poisoned_step_is_passed_over_if_asked(job, capfd: pytest.CaptureFixture) -> None:
+    plan = ("save(4); verdict(6); sys.exit(1)", "verdict(6); sys.exit(1)", "speak(0)")
+    assert job(*plan, options=("--max-restarts", "5", "--skip-poisoned-step")) == 0
+    assert "step 6 killed the run twice and is passed over" in capfd.readouterr().err
+    [told] = [json.loads(line) for line in (job.output / "launch/poisoned.jsonl").read_text().splitlines()]
+    assert told["step"] == 6 and told["queries"] == ["q7", "q8"]
+    assert read_recipe(job.output / "launch/recipe.toml").data.skip_steps == (6,)
+
+
+def test_dying_twice_outside_of_steps_is_no_poisoned_step(job, capfd: pytest.CaptureFixture) -> None:
+    plan = ("save(4); verdict(4, 'save'); sys.exit(1)", "save(6); verdict(4, 'save'); sys.exit(1)", "speak(0)")
+    assert job(*plan) == 0
+    assert "killed the run twice" not in capfd.readouterr().err
+
+
+def test_a_rank_stopped_by_the_launcher_does_not_hide_who_died(job, capfd: pytest.CaptureFixture) -> None:
+    """DeepSpeed's launcher sends SIGTERM to the ranks that are left: they end as if asked to."""
+    assert job("verdict(0, 'load'); speak(75, 'SIGTERM came'); sys.exit(256 - 9)", "speak(0)") == 0
+    assert "rank 1 on here died in load" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("plan", ["speak(2, 'no such shard'); sys.exit(2)", "speak(2, 'no such shard'); sys.exit(1)"])

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from laser_dist.errors import UserError
-from laser_dist.launch.outcome import ATTEMPT, folder, reported
+from laser_dist.launch.outcome import ATTEMPT, Asked, folder, reported, say
+from laser_dist.watch.verdict import Verdict
 
 
 def test_each_rank_leaves_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +35,29 @@ def test_without_a_supervisor_nothing_is_written(tmp_path: Path, monkeypatch: py
     with reported(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_before_the_first_step_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ATTEMPT, "1")
+    with reported(tmp_path) as outcome:
+        raise Asked("SIGTERM came before the first step")
+    assert outcome.code == 75
+    [told] = [json.loads(path.read_text()) for path in folder(tmp_path, 1).iterdir()]
+    assert (told["code"], told["reason"]) == (75, "SIGTERM came before the first step")
+
+
+def test_without_a_supervisor_the_last_line_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.delenv(ATTEMPT, raising=False)
+    told = Verdict(1, "here", 17, "forward", "stopped", "SIGSTOP", told_by=0)
+    say(tmp_path, told)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest").write_text("step-000016\n")
+    say(tmp_path, told)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "rank 1 on here stopped in step 17, forward: SIGSTOP; there is no checkpoint yet" in first
+    assert "--resume goes on from step-000016; stacks of all ranks: " in second
+    monkeypatch.setenv(ATTEMPT, "1")
+    say(tmp_path, told)
+    assert capsys.readouterr().err == ""

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -71,9 +71,30 @@ def _chunks(packed: PackedBatch, passages: list[tuple[Passage, ...]], budget: in
 
 
 def training_batches(
-    config: RunConfig, data: TrainingData, text: TextFormat, *, rank: int, world_size: int, start: int, total: int
+    config: RunConfig,
+    data: TrainingData,
+    text: TextFormat,
+    *,
+    rank: int,
+    world_size: int,
+    start: int,
+    total: int,
+    gaps: Sequence[tuple[int, int]] = (),
 ) -> Generator[TrainingBatch, None, None]:
-    """This rank's next `total` micro-batches from position `start`, in an order that depends on the seed only."""
+    """This rank's next `total` micro-batches from position `start`, in an order that depends on the seed only.
+
+    `gaps`: (first, end) of micro-batches, counted from 0 and ascending, that are left out and not even read.
+    """
+    firsts, ends = [0, *(end for _, end in gaps)], [*(first for first, _ in gaps), total]
+    for first, end in zip(firsts, ends, strict=True):
+        position = start + first * config.train.queries_per_rank * world_size
+        if first < end:
+            yield from plain_errors(_loader(config, data, text, rank, world_size, position, end - first))
+
+
+def _loader(
+    config: RunConfig, data: TrainingData, text: TextFormat, rank: int, world_size: int, start: int, total: int
+) -> DataLoader:
     stream = ExampleStream(
         data,
         seed=config.seed,
@@ -88,7 +109,7 @@ def training_batches(
         max_skipped=config.data.max_skipped if config.data.on_error == "skip" else None,
     )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are the parallelism
-    loader = DataLoader(
+    return DataLoader(
         _Packer(stream, text, config),
         batch_size=None,
         num_workers=config.data.workers,
@@ -96,7 +117,6 @@ def training_batches(
         # A generator of its own: DataLoader draws a seed from the global one, which dropout continues on resume.
         generator=torch.Generator(),
     )
-    return plain_errors(loader)
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

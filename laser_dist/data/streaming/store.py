@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fsspec.callbacks import Callback
 
 _SLOWEST = 1024  # bytes/s; a transfer that crawls below it for a whole time-out is a stall
-_LONGEST_PAUSE = 20.0  # seconds between two attempts
+LONGEST_PAUSE = 20.0  # seconds between two attempts
 _ABANDONED = 24 * 3600  # seconds after which a temporary file in the cache belongs to no living process
 _TRY_LATER = (408, 425, 429)  # of HTTP's client errors, those that are worth another attempt
 
@@ -185,7 +185,7 @@ class RemoteStore:
             if lasting:
                 break
             if attempt < options.attempts:
-                time.sleep(min(_LONGEST_PAUSE, 0.25 * 2**attempt) * random.uniform(0.5, 1))
+                time.sleep(min(LONGEST_PAUSE, 0.25 * 2**attempt) * random.uniform(0.5, 1))
         raise UserError(
             f"{url} cannot be fetched: {cause} (attempt {attempt} of {options.attempts}). "
             "Check the address, the network and the credentials in the environment, or upload the file again; "

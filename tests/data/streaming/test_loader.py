@@ -35,12 +35,12 @@ def folder(tmp_path_factory):
     return out
 
 
-def batches(folder, text, *, world_size=1, queries=6, start=0, total=10, **data):
+def batches(folder, text, *, world_size=1, queries=6, start=0, total=10, gaps=(), **data):
     """Per rank the list of its batches."""
     config = RunConfig(data=DataConfig(train=str(folder), **data), train=TrainConfig(queries_per_rank=queries))
     opened = open_data(config.data)
     return [
-        list(training_batches(config, opened, text, rank=r, world_size=world_size, start=start, total=total))
+        list(training_batches(config, opened, text, rank=r, world_size=world_size, start=start, total=total, gaps=gaps))
         for r in range(world_size)
     ]
 
@@ -56,6 +56,14 @@ def test_a_batch_is_the_same_whoever_makes_it_and_wherever_it_starts(folder, tex
         assert sum((half.packed.query_ids for half in halves), ()) == expected.packed.query_ids
         keys = torch.cat([half.packed.passage_keys_P for half in halves])
         assert torch.equal(keys, expected.packed.passage_keys_P)
+
+
+@pytest.mark.parametrize(("gaps", "kept"), [([(0, 1)], range(1, 8)), ([(2, 4), (7, 8)], [0, 1, 4, 5, 6])])
+def test_what_is_passed_over_moves_nothing_else(folder, text, gaps, kept):
+    [whole] = batches(folder, text, workers=0, total=8)
+    [left] = batches(folder, text, workers=0, total=8, gaps=gaps)
+    assert [batch.packed.query_ids for batch in left] == [whole[i].packed.query_ids for i in kept]
+    assert [batch.epoch for batch in left] == [whole[i].epoch for i in kept]
 
 
 def test_epochs_take_other_passages_of_the_same_query(folder, text):
