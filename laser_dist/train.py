@@ -6,6 +6,7 @@ import sys
 from laser_dist.cli import run
 from laser_dist.config import load_config
 from laser_dist.ds_config import resolve
+from laser_dist.launch.meeting import together
 from laser_dist.launch.outcome import reported
 from laser_dist.launch.ranks import adopt_ranks
 
@@ -14,13 +15,13 @@ EXIT_PREEMPTED = 75
 
 
 def main(arguments: list[str]) -> int:
-    """Train; everything that can be wrong with the configuration is found before a process group exists."""
+    """Train; what can be wrong with the configuration is found before a model loads, and told to all ranks."""
     adopt_ranks()
     # The launcher's own argument; the environment says the same.
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
-    config = load_config(arguments)
+    config = together(lambda: load_config(arguments))
     with reported(config.output) as outcome:
-        ds_config = resolve(config.train.deepspeed, config)
+        ds_config = together(lambda: resolve(config.train.deepspeed, config))
         os.environ.setdefault("WDS_SECURE", "1")
 
         from laser_dist.observability.console import quiet_libraries
