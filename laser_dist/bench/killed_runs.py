@@ -113,7 +113,7 @@ def run_trials(root: str, kills: int, ranks: int, stage: int, seed: int) -> Iter
     folder, rng = Path(root), random.Random(seed)
     tiny_model_folder(folder / "model", tied=True)
     life = Life(folder, "whole", stage)
-    codes, output = run_ranks(life.run, ranks)
+    codes, output = run_ranks(life.run, ranks, learn=True)
     if any(codes):
         raise UserError(f"the whole run failed: {output[-2000:]}")
     whole = life.records(ranks)

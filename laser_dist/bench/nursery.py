@@ -3,6 +3,7 @@
 `trials` runs a module's `run_trials` in such a process: of its own, because one that has started threads must not fork.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -66,11 +67,19 @@ def _serve() -> None:
         sys.exit(str(error))
 
 
-def run_ranks(work: Callable[[int], None], ranks: int) -> tuple[list[int], str]:
+def run_ranks(work: Callable[[int], None], ranks: int, *, learn: bool = False) -> tuple[list[int], str]:
     """Fork ranks that call `work(rank)` and wait for their end: exit codes, negative for a signal, and their output.
 
-    When one is killed, the others follow. RuntimeError for a hang.
+    When one is killed, the others follow. RuntimeError for a hang. `learn`: import afterwards what rank 0 has imported,
+    so that later ranks need not.
     """
+    if learn:
+        with tempfile.NamedTemporaryFile("r") as file:
+            ended = run_ranks(lambda rank: _noting_imports(work, rank, file.name), ranks)
+            for name in file.read().split():
+                with contextlib.suppress(Exception):  # some cannot be had alone
+                    importlib.import_module(name)
+        return ended
     port, (reading, writing) = _free_port(), os.pipe()  # a pipe: limits on the size of files do not hold for it
     os.set_blocking(reading, False)
     pids = {_fork(work, rank, ranks, port, writing): rank for rank in range(ranks)}
@@ -96,6 +105,13 @@ def run_ranks(work: Callable[[int], None], ranks: int) -> tuple[list[int], str]:
     output += _read(reading)
     os.close(reading)
     return [codes[rank] for rank in range(ranks)], output.decode(errors="replace")
+
+
+def _noting_imports(work: Callable[[int], None], rank: int, file: str) -> None:
+    work(rank)
+    if rank == 0:
+        with open(file, "w") as names:
+            names.write("\n".join(sorted(sys.modules)))
 
 
 def _read(pipe: int) -> bytes:

@@ -29,7 +29,7 @@ def prepare(folder: Path) -> None:
     import laser_dist.distributed.engine  # noqa: F401
     from laser_dist.testing import tiny_model_folder
 
-    tiny_model_folder(folder / "model", tied=False)
+    tiny_model_folder(folder / "model", tied=False, layers=1)
     (folder / "digests").mkdir()
 
 

@@ -62,7 +62,7 @@ def saves(rank: int, world_size: int, root: Path, stage: int) -> list[str]:
         while True:
             fault.at = at if rank == victim else -1
             try:
-                save(2 + len(seen))
+                save(2 + 10 * victim + len(seen))
                 break  # beyond the last write
             except UserError as error:
                 seen.append(f"{victim} {at} {error}")
