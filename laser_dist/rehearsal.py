@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from laser_dist.distributed.checkpoint import CheckpointStore
-from laser_dist.distributed.collectives import bytes_received, gather_objects, rank
+from laser_dist.distributed.collectives import gather_objects, rank, uncounted
 from laser_dist.distributed.disk import folder_bytes, size
 from laser_dist.distributed.engine import Engine
 from laser_dist.distributed.together import Together
@@ -62,11 +62,11 @@ class Rehearsal:
             return
         self._say(f"one step took {seconds:.1f} s, so {left} more may take {seconds * left / 3600:.1f} h")
         try:
-            self._rehearse(step, len(json.dumps(values)))
+            with uncounted():
+                self._rehearse(step, len(json.dumps(values)))
         finally:
             if rank() == 0:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            bytes_received()  # what was gathered here belongs to no step
 
     def _rehearse(self, step: int, line: int) -> None:
         trainer, engine = self.trainer, self.trainer.engine

@@ -1,5 +1,6 @@
 """The rehearsal changes no number, and finds what would have failed at the end of the run."""
 
+import itertools
 import json
 from collections import namedtuple
 from dataclasses import replace
@@ -40,7 +41,11 @@ def flags(root: Path, output: Path, stage: int, rehearse: str) -> list[str]:
     return [*(str(x) for pair in values.items() for x in pair), *lora, "--launch.no-preflight"]
 
 
-def trained(rank: int, world_size: int, arguments: list[str], export: bool) -> list:
+def rehearsed_and_not(rank: int, world_size: int, root: Path, folder: Path, stage: int) -> dict[str, list]:
+    return {mode: trained(flags(root, folder / mode, stage, mode)) for mode in ("off", "on")}
+
+
+def trained(arguments: list[str]) -> list:
     """After each step: hashes of states and of the generator, and examples."""
     import hashlib
 
@@ -49,11 +54,12 @@ def trained(rank: int, world_size: int, arguments: list[str], export: bool) -> l
     from laser_dist import rehearsal
     from laser_dist.bench.nursery import digest
     from laser_dist.config import load_config
+    from laser_dist.distributed.collectives import bytes_received
     from laser_dist.ds_config import resolve
     from laser_dist.trainer import Trainer
 
-    if not export:
-        rehearsal._export = lambda saved, out: 1  # takes a process, and is the same for all stages
+    rehearsal._export = lambda saved, out: 1  # a process of its own, tested below
+    bytes_received()  # of another run in this process
     config = load_config(arguments)
     trainer = Trainer(config, resolve(config.train.deepspeed, config))
     step, following, seen = trainer.step, trainer._next, []
@@ -77,16 +83,13 @@ def trained(rank: int, world_size: int, arguments: list[str], export: bool) -> l
 @pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2))])
 def test_a_rehearsed_run_is_the_same_run(setting: Path, tmp_path: Path, stage: int) -> None:
     """Bit for bit: parameters, optimizer, generator, examples, losses and files. Dropout shows the generator."""
-    found = {}
-    for mode in ("off", "on"):
-        arguments = flags(setting, tmp_path / mode, stage, mode)
-        found[mode] = run_distributed(trained, 2, arguments, stage == 3, timeout=200)
-    assert found["on"] == found["off"]
+    for found in run_distributed(rehearsed_and_not, 2, setting, tmp_path, stage, timeout=250):
+        assert found["on"] == found["off"]
     logs = {mode: [json.loads(line) for line in (tmp_path / mode / "metrics.jsonl").open()] for mode in found}
     timed = ("time/", "speed/", "memory/", "ranks/")
     for row, other in zip(logs["on"], logs["off"], strict=True):
         assert row.keys() == other.keys()
-        assert all(row[name] == other[name] for name in row if not name.startswith(timed))
+        assert [name for name in row if row[name] != other[name] and not name.startswith(timed)] == []
     left = {mode: sorted(path.name for path in (tmp_path / mode).rglob("*") if path.is_file()) for mode in found}
     assert [name for name in left["on"] if "tfevents" not in name] == [n for n in left["off"] if "tfevents" not in n]
     assert not (tmp_path / "on/.rehearsal").exists()
@@ -104,7 +107,7 @@ def failing(rank: int, world_size: int, arguments: list[str]) -> tuple[list[str]
     config = load_config(arguments)
     trainer = Trainer(config, resolve(config.train.deepspeed, config))
     trainer.fit()
-    trainer.progress = TrainingProgress(3, 0, enabled=True)
+    trainer.progress, trainer.total_steps = TrainingProgress(3, 0, enabled=True), 100
     heard, said = [], []
     trainer.progress.say = said.append
     usage = namedtuple("usage", "free")
@@ -129,10 +132,10 @@ def failing(rank: int, world_size: int, arguments: list[str]) -> tuple[list[str]
     attempt(rehearsal, "_available_memory", lambda: 1000)
     attempt(rehearsal, "evaluate", refuse(MemoryError()))
     attempt(rehearsal, "evaluate", refuse(UserError("no judged query")))
-    attempt(disk.shutil, "disk_usage", lambda _: usage(250_000_000 if rank == 0 else 10**12))
+    attempt(disk.shutil, "disk_usage", lambda _: usage(400_000 if rank == 0 else 10**12))
     attempt(checkpoint, "save_file", refuse(OSError(30, "Read-only file system")) if rank else checkpoint.save_file)
-    sums = rehearsal._sums
-    attempt(rehearsal, "_sums", lambda engine: [(rank, len(said))] if rank else sums(engine))
+    sums, numbers = rehearsal._sums, itertools.count()
+    attempt(rehearsal, "_sums", lambda engine: [(next(numbers), 0)] if rank else sums(engine))
     attempt(rehearsal, "evaluate", rehearsal.evaluate)  # no fault but the export's
     rehearsal.Rehearsal(trainer, 5)(6, {"time/forward": 1e9})  # a resumed run: nothing happens
     return heard, said, rehearsal.Rehearsal(trainer, 0).folder.exists()
