@@ -315,7 +315,7 @@ class CheckpointConfig:
     every: int = 500
     """Optimizer steps between checkpoints; one is always written at the end. 0: only then."""
     keep: int = 2
-    """Newest checkpoints kept besides the best one."""
+    """Newest checkpoints kept besides the best one; what is damaged does not count as one of them."""
     max_shard_gb: float = 5.0
     """Largest safetensors file of the model in GB, of which rank 0 holds one at a time while it saves."""
     asynchronous: bool = False
@@ -323,7 +323,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "checkpoint.every", self.every, "must be 0 or more")
-        _require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
+        _require(self.keep >= 2, "checkpoint.keep", self.keep, "must be at least 2: the newest may be damaged one day")
         _require(self.max_shard_gb > 0, "checkpoint.max_shard_gb", self.max_shard_gb, "must be more than 0")
 
 
@@ -396,6 +396,9 @@ class RunConfig:
     """Seed of the data order, dropout and adapters."""
     resume: bool = False
     """Continue from the newest complete checkpoint in the output folder, if there is one."""
+    rehearse: Literal["auto", "on", "off"] = "auto"
+    """After the first step save, load, evaluate on a slice and export, once, and size the disk for the whole run: what
+    would fail at its end fails now. It changes no number. auto: if the run will take more than an hour."""
     model: ModelConfig = field(default_factory=ModelConfig)
     thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
     text: TextConfig = field(default_factory=TextConfig)

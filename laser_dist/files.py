@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,3 +39,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rename_over(staging: Path, final: Path) -> None:
+    """Give `staging` its name; an older folder of that name goes only when the new one is in place."""
+    old = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(staging, final)
+    sync_folder(final.parent)  # the name must be on disk before `latest` says it
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,34 +1,56 @@
-"""What a run starts from, checked: its steps, the dev set, what was skipped before, and what must stay the same."""
+"""What a run starts from, checked: its steps, the dev set, and what was skipped before."""
 
-import hashlib
-import json
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 
-from laser_dist.config import RunConfig
+from laser_dist.config import RunConfig, to_toml
 from laser_dist.data.streaming.quarantine import Quarantine
-from laser_dist.data.streaming.sets import TrainingData
+from laser_dist.data.streaming.sets import TrainingData, open_data
+from laser_dist.data.text import TextFormat
 from laser_dist.distributed.collectives import gather_objects, rank
+from laser_dist.distributed.together import Together
 from laser_dist.errors import UserError
+from laser_dist.identity import Settings, settings
+from laser_dist.model.backbone import load_tokenizer
+from laser_dist.observability.profiler import check_profile
+from laser_dist.retrieval.card import tokenizer_hash
 from laser_dist.retrieval.collection import Corpus, Qrels, Queries, read_collection
 from laser_dist.retrieval.metrics import METRICS
 
 
-def fingerprint(config: RunConfig, data: TrainingData) -> str:
-    """Hash of what must not change on resume: all that decides the numbers, the data itself included.
+@dataclass
+class RunInputs:
+    """What a run reads before its ranks meet."""
 
-    Not where the data lies or who reads it, nor how many queries a step takes: the data goes on at its position.
-    Not how ZeRO shards either: a checkpoint is converted.
-    """
-    kept = ("seed", "model", "thinking", "text", "data", "objective", "optimizer", "train")
-    table = {name: value for name, value in asdict(config).items() if name in kept}
-    order = ("homogeneous", "negatives", "shuffle", "shuffle_shards")
-    table["data"] = {name: table["data"][name] for name in order} | {"sets": data.fingerprint()}
-    for name in ("queries_per_rank", "chunk_tokens", "reduce_gradients", "deepspeed"):
-        del table["train"][name]
-    del table["model"]["activation_checkpointing"], table["model"]["attention"]
-    del table["objective"]["kernel"], table["objective"]["passages"]
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+    data: TrainingData
+    text: TextFormat
+    dev: tuple[Corpus, Queries, Qrels] | None
+    settings: Settings
+    """What a checkpoint must agree with, see `identity`."""
+    total_steps: int
+
+
+def open_inputs(config: RunConfig, queries_per_step: int) -> RunInputs:
+    """All of it, checked. UserError for what is wrong with files, on this host at least."""
+    data = open_data(config.data)
+    steps = total_steps(config, data, queries_per_step)
+    check_profile(config.profile, steps)
+    text = TextFormat(load_tokenizer(config.model), config.text, steps=config.thinking.steps)
+    if config.objective.needs_rationale:
+        text.require_eos()
+    backend = getattr(text.tokenizer, "backend_tokenizer", None)
+    identity = settings(config, data, backend and tokenizer_hash(backend.to_str()))
+    return RunInputs(data, text, read_dev_set(config), identity, steps)
+
+
+def write_config(config: RunConfig) -> None:
+    """Rank 0 writes the resolved recipe into the output folder. UserError on all ranks where it cannot."""
+    work, file = Together(), Path(config.output) / "config.toml"
+    if rank() == 0:
+        work.run(file.parent.mkdir, parents=True, exist_ok=True)
+        work.run(file.write_text, to_toml(config), encoding="utf-8")
+    if problem := work.problem():
+        raise UserError(f"output = {config.output!r} cannot be written to: {problem}; choose another --output")
 
 
 def total_steps(config: RunConfig, data: TrainingData, queries_per_step: int, step: int = 0, position: int = 0) -> int:

@@ -9,6 +9,7 @@ from laser_dist.cli import run
 from laser_dist.config import RunConfig, load_config
 from laser_dist.data.streaming.store import LONGEST_PAUSE, is_remote
 from laser_dist.ds_config import resolve
+from laser_dist.launch.meeting import together
 from laser_dist.launch.outcome import EXIT_PREEMPTED, Asked, own_folder, reported
 from laser_dist.launch.ranks import adopt_ranks
 from laser_dist.watch import watchdog
@@ -16,16 +17,16 @@ from laser_dist.watch.pulse import Limits
 
 
 def main(arguments: list[str]) -> int:
-    """Train; everything that can be wrong with the configuration is found before a process group exists."""
+    """Train; what can be wrong with the configuration is found before a model loads, and told to all ranks."""
     adopt_ranks()
     # The launcher's own argument; the environment says the same.
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
-    config = load_config(arguments)
+    config = together(lambda: load_config(arguments))
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _asked_early)  # until there are steps to finish and something to save
     watchdog.current = watchdog.Watchdog(own_folder(config.output), limits(config))
     with reported(config.output, watchdog.current) as outcome:
-        ds_config = resolve(config.train.deepspeed, config)
+        ds_config = together(lambda: resolve(config.train.deepspeed, config))
         os.environ.setdefault("WDS_SECURE", "1")
 
         from laser_dist.observability.console import quiet_libraries

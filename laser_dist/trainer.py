@@ -12,31 +12,32 @@ from typing import Any, NoReturn
 
 import torch
 
-from laser_dist.config import RunConfig, to_toml
+from laser_dist.config import RunConfig
 from laser_dist.data.streaming.loader import TrainingBatch, training_batches
-from laser_dist.data.streaming.sets import open_data
-from laser_dist.data.text import TextFormat
 from laser_dist.distributed.checkpoint import CheckpointStore, TrainerState
 from laser_dist.distributed.collectives import gather_objects, gather_table, rank, world_size
-from laser_dist.distributed.engine import Engine, NonFiniteGradient, init_distributed, launched_world_size
+from laser_dist.distributed.engine import Engine, NonFiniteGradient, launched_world_size
 from laser_dist.distributed.grad_cache import GradCache
 from laser_dist.errors import UserError
+from laser_dist.identity import fingerprint
+from laser_dist.launch.meeting import meet
 from laser_dist.launch.preflight import preflight
-from laser_dist.model.backbone import check_attention, load_backbone, load_tokenizer, prepare_for_training
+from laser_dist.model.backbone import check_attention, load_backbone, prepare_for_training
 from laser_dist.model.retriever import LaserRetriever
 from laser_dist.objective.alignment import AlignmentObjective, LossTerms
 from laser_dist.observability.clock import StepClock
 from laser_dist.observability.console import TrainingProgress
 from laser_dist.observability.flops import ModelSize, peak_flops
 from laser_dist.observability.metrics import MetricsLog
-from laser_dist.observability.profiler import StepProfiler, check_profile
+from laser_dist.observability.profiler import StepProfiler
 from laser_dist.observability.scalars import Scalars, micro_batch_scalars, step_scalars, term_gradient_norms
 from laser_dist.optim import build_optimizer, learning_rate
+from laser_dist.rehearsal import Rehearsal
 from laser_dist.retrieval.card import RetrieverCard
 from laser_dist.retrieval.encoder import LaserEncoder
 from laser_dist.retrieval.evaluation.evaluate import evaluate
 from laser_dist.run_folder import checkpoints_of
-from laser_dist.run_inputs import fingerprint, open_quarantine, read_dev_set, total_steps
+from laser_dist.run_inputs import open_inputs, open_quarantine, total_steps, write_config
 from laser_dist.watch import pulse, watchdog
 
 
@@ -45,17 +46,11 @@ class Trainer:
 
     def __init__(self, config: RunConfig, ds_config: dict[str, Any]):
         self.config = config
-        # What can be wrong with files is found before any process waits for another.
         self.queries_per_step = config.train.queries_per_rank * config.train.accumulation * launched_world_size()
-        self.data = open_data(config.data)
-        self.total_steps = total_steps(config, self.data, self.queries_per_step)
-        check_profile(config.profile, self.total_steps)
-        self.text = TextFormat(load_tokenizer(config.model), config.text, steps=config.thinking.steps)
-        if config.objective.needs_rationale:
-            self.text.require_eos()
-        self.dev = read_dev_set(config)
-
-        device = init_distributed(config.launch.timeout)
+        # What can be wrong with files is found before any process waits for another.
+        device, inputs = meet(lambda: open_inputs(config, self.queries_per_step), config.launch.timeout)
+        self.data, self.text, self.dev, self.settings = inputs.data, inputs.text, inputs.dev, inputs.settings
+        self.total_steps = inputs.total_steps
         watchdog.meet(gather_objects)
         if config.launch.preflight:
             with pulse.phase("preflight"):
@@ -94,9 +89,7 @@ class Trainer:
             start = self._resume()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: setattr(self, "stop_requested", True))
-        if is_first:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        write_config(config)
         self.quarantine = open_quarantine(config, self.data, output / "quarantine.jsonl")
         batches = training_batches(
             config,
@@ -117,6 +110,7 @@ class Trainer:
         ):
             self.log.config(config)
             self._announce(start)
+            rehearsal = Rehearsal(self, start)
             for step in range(start, self.total_steps):
                 if step + 1 in config.data.skip_steps:
                     self._pass_over(step + 1)
@@ -126,6 +120,7 @@ class Trainer:
                     if step % config.logging.every == 0 or step + 1 == self.total_steps:
                         self.log.scalars(step + 1, values)
                         self.progress.update(step + 1, values)
+                    rehearsal(step + 1, values)
                 if self._after_step(step + 1):
                     return step + 1 == self.total_steps
         return True
@@ -192,17 +187,19 @@ class Trainer:
         metric = self._evaluate(step) if evaluation_due and (last or not stop) else None
         improved = metric is not None and (self.best_metric is None or metric > self.best_metric)
         if last or stop or improved or (every_save and step % every_save == 0):
-            state = TrainerState(
-                step, world_size(), self.engine.stage, fingerprint(self.config, self.data), metric, self.position
-            )
             with pulse.phase("save"):
                 self._publish()
-                self.store.save(self.engine, state, self.text.tokenizer, self.card, best=improved)
+                self.store.save(self.engine, self.state(step, metric), self.text.tokenizer, self.card, best=improved)
                 if last or stop or not self.config.checkpoint.asynchronous:
                     self._publish(" (stopping: a signal asked for it)" if stop else "")
             if improved:
                 self.best_metric = metric
         return stop or last
+
+    def state(self, step: int, metric: float | None) -> TrainerState:
+        """What a checkpoint after `step` says of the run."""
+        hashed = fingerprint(self.config, self.data.fingerprint())
+        return TrainerState(step, world_size(), self.engine.stage, hashed, metric, self.position, self.settings)
 
     def _publish(self, why: str = "") -> None:
         if saved := self.store.publish():
@@ -226,9 +223,12 @@ class Trainer:
         checkpoint, skipped = self.store.newest_complete()
         for reason in skipped if rank() == 0 else ():
             print(f"skipped an incomplete checkpoint: {reason}", flush=True)
+        if checkpoint is None and skipped:  # to begin again, and write over them, is not what --resume says
+            raise UserError(f"no checkpoint is complete ({skipped[0]}): bring one back, or remove {self.store.folder}")
         if checkpoint is None:
             return 0
-        state = self.store.load(self.engine, checkpoint, fingerprint(self.config, self.data), self.config.seed)
+        hashed = fingerprint(self.config, self.data.fingerprint())
+        state = self.store.load(self.engine, checkpoint, hashed, self.config.seed, self.settings)
         self.position = state.step * self.queries_per_step if state.position is None else state.position
         self.total_steps = total_steps(self.config, self.data, self.queries_per_step, state.step, self.position)
         return state.step

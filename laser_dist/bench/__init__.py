@@ -11,6 +11,8 @@ BENCHMARKS = {
     "loader": "laser_dist.bench.loader",
     "prepare": "laser_dist.bench.prepare",
     "resume": "laser_dist.bench.resume",
+    "killed-saves": "laser_dist.bench.killed_saves",
+    "killed-runs": "laser_dist.bench.killed_runs",
     "encode": "laser_dist.bench.encode",
     "corpus": "laser_dist.bench.corpus",
     "latency": "laser_dist.bench.latency",
@@ -25,6 +27,8 @@ benchmarks:
   loader   Reading, tokenising and packing, ours and plain pipelines: examples/s, tokens/s
   prepare  Rows per second and memory of `prepare` and `prepare --check`
   resume   Seconds to the first batch when a run continues at several places of a large set
+  killed-saves  Ranks killed while they save: what is left loads, and is no mixture
+  killed-runs   Runs killed and resumed at random moments, compared step by step with a whole one
   encode   Texts per second of LaserEncoder and of sentence-transformers, on mixed lengths
   corpus   `encode` and exact search of a large corpus, killed and continued: bytes, memory, time
   latency  Encoding with K latent steps, one encoder pass, and rewriting before encoding: time, ratios

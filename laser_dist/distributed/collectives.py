@@ -1,5 +1,7 @@
 """Collectives of the objective. All are the identity in a single process; all ranks must call them alike."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -77,6 +79,17 @@ def bytes_received() -> int:
     global _received
     received, _received = _received, 0
     return received
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Around what belongs to no step: `bytes_received` does not count it."""
+    global _received
+    before = _received
+    try:
+        yield
+    finally:
+        _received = before
 
 
 def gather_table(values: dict[str, float]) -> list[dict[str, float]]:

@@ -14,7 +14,7 @@ import io
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,11 @@ def _convert(source: Path, target: Path, groups: int) -> None:
     needed = 2 * sum(path.stat().st_size for path in files)  # slices, then what is merged from them
     if (free := shutil.disk_usage(source).free) < needed:
         raise UserError(f"it takes {needed / 1e9:.1f} GB beside the checkpoint, and {free / 1e9:.1f} GB are free")
+    for path in sorted(source.glob("*_model_states.pt")):
+        states = safe_load(str(path), map_location="cpu")
+        names = {name for shapes in states.get("param_shapes") or () for name in shapes}
+        _check_names(source, names | set(states.get("module") or ()))
+        del states
     target.mkdir(parents=True)
     arguments = Namespace(
         input_folder=str(source),
@@ -87,7 +92,7 @@ def _convert(source: Path, target: Path, groups: int) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with safe_pickles(), contextlib.redirect_stdout(io.StringIO()):
+    with safe_pickles(), _slices_checked(source), contextlib.redirect_stdout(io.StringIO()):
         ds_to_universal.main(arguments)
     model_states = min(target.glob("*_model_states.pt"))
     _make_stages_alike(target / "zero", groups)
@@ -97,6 +102,29 @@ def _convert(source: Path, target: Path, groups: int) -> None:
     described |= {"module": {}, "optimizer": None}  # the weights are in `zero`
     for name in MODEL_STATES:
         torch.save(described, target / name)
+
+
+def _check_names(source: Path, names: Iterable[object]) -> None:
+    """DeepSpeed makes a folder of each parameter's name: one with .. or / in it would lie outside of the target."""
+    for name in names:
+        if not isinstance(name, str) or not name.strip(".") or set(name) & set("/\\\0"):
+            raise UserError(f"{source} holds a parameter called {name!r}, which no model has: it was tampered with")
+
+
+@contextlib.contextmanager
+def _slices_checked(source: Path) -> Iterator[None]:
+    """Inside, the names that each rank's optimizer file gives its slices are checked as they come."""
+    dump = ds_to_universal.dump_param_fragment
+
+    def checked(folder: str, tp: int, dp: int, state: str, tensor: Any, name: str, *place: Any) -> None:
+        _check_names(source, [name])
+        dump(folder, tp, dp, state, tensor, name, *place)
+
+    ds_to_universal.dump_param_fragment = checked
+    try:
+        yield
+    finally:
+        ds_to_universal.dump_param_fragment = dump
 
 
 def _make_stages_alike(zero: Path, groups: int) -> None:

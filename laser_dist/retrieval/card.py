@@ -25,6 +25,8 @@ class RetrieverCard:
     """Hub revision of the backbone."""
     layers: int | None = None
     """Decoder layers kept of the backbone, where it was truncated."""
+    temperature: float | None = None
+    """Tau that scores were divided by in training; what serves ranks alike with any."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "RetrieverCard":
@@ -35,6 +37,7 @@ class RetrieverCard:
             backbone=model.name,
             revision=model.revision,
             layers=model.layers,
+            temperature=config.objective.temperature,
         )
 
     def save(self, folder: Path) -> None:
@@ -55,10 +58,11 @@ class RetrieverCard:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("format_version") != FORMAT_VERSION:
                 raise UserError(f"another format version than {FORMAT_VERSION}; update laser_dist")
-            if (saved := data.pop("tokenizer", None)) is not None and saved != _tokenizer_hash(folder):
+            if (saved := data.pop("tokenizer", None)) is not None and saved != (found := _tokenizer_hash(folder)):
                 raise UserError(
-                    "tokenizer.json beside it is not the tokenizer that this model was saved with: copy the folder's "
-                    "tokenizer files again from where the weights came from"
+                    "tokenizer.json beside it is not the tokenizer that this model was saved with (its hash is "
+                    f"{str(found)[:12]}, not {str(saved)[:12]}): copy the folder's tokenizer files again from where "
+                    "the weights came from"
                 )
             return cls(thinking=ThinkingConfig(**data.pop("thinking")), text=TextConfig(**data.pop("text")), **data)
         except UserError as error:
@@ -68,11 +72,14 @@ class RetrieverCard:
 
 
 def _tokenizer_hash(folder: Path) -> str | None:
-    """SHA-256 of what maps text to ids in tokenizer.json, however the file is laid out; None where there is none."""
+    """Of the folder's tokenizer.json, however the file is laid out; None where there is none."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    return tokenizer_hash(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def tokenizer_hash(serialised: str) -> str:
+    """SHA-256 of what maps text to ids in a tokenizer, given as the JSON of tokenizer.json."""
+    stored = json.loads(serialised)
     vocabulary = stored["model"].get("vocab", {})
     added = sorted((token["id"], token["content"]) for token in stored.get("added_tokens", []))
     return hashlib.sha256(json.dumps([vocabulary, added], sort_keys=True).encode()).hexdigest()

@@ -11,6 +11,7 @@ different chunks, each at its place, so nothing has to be merged.
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,10 +149,13 @@ class Unfinished:
 
     def _check_same(self) -> None:
         before = json.loads((self.folder / _PROGRESS).read_text(encoding="utf-8"))
-        if differing := [key for key, value in self.identity.items() if before.get(key) != value]:
+        theirs, ours = _flat(before), _flat(self.identity)
+        differing = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
+        if differing:
+            told = ", ".join(f"{key} {theirs.get(key)!r}, not {ours.get(key)!r}" for key in differing)
             raise UserError(
-                f"{self.folder} holds unfinished vectors made with another {', '.join(differing)}: repeat that "
-                "command, choose another folder, or start anew with --overwrite"
+                f"{self.folder} holds unfinished vectors made with another {differing[0].partition('.')[0]} ({told}): "
+                "repeat that command, choose another folder, or start anew with --overwrite"
             )
         if (self.folder / _VECTORS).is_file():  # interrupted after the last chunk, before the manifest
             (self.folder / _VECTORS).replace(self.folder / _PARTIAL)
@@ -180,3 +184,11 @@ def _write(path: Path, offset: int, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat

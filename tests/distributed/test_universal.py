@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from laser_dist.data.text import TextFormat
 from laser_dist.distributed.checkpoint import CheckpointStore, TrainerState
 from laser_dist.distributed.engine import Engine, init_distributed
 from laser_dist.distributed.pickles import safe_load, safe_pickles
-from laser_dist.distributed.universal import _convert
+from laser_dist.distributed.universal import _convert, _slices_checked
 from laser_dist.errors import UserError
 from laser_dist.model.backbone import load_backbone, load_tokenizer, prepare_for_training
 from laser_dist.model.retriever import LaserRetriever
@@ -234,3 +235,19 @@ def test_what_cannot_be_converted_is_named_on_every_rank(saved: tuple[Path, dict
     assert said[0] == said[1] and len(said[0]) == 2
     assert "resume with ZeRO-0" in said[0][0] and "cannot be converted" in said[0][1]
     assert not list(tmp_path.rglob(".*universal*"))
+
+
+@pytest.mark.parametrize("name", ["../../evil", "..", "", "/evil", "a\\b", "nul\0"])
+@pytest.mark.parametrize("where", ["param_shapes", "module", "slice"])
+def test_a_parameters_name_leads_nowhere_else(tmp_path: Path, where: str, name: str) -> None:
+    """DeepSpeed writes a folder of each name: one from a hostile checkpoint could have lain anywhere."""
+    source = tmp_path / "in" / "source"
+    source.mkdir(parents=True)
+    states = {"param_shapes": [{name: [1]}]} if where == "param_shapes" else {"module": {name: torch.ones(1)}}
+    torch.save(states if where != "slice" else {"module": {}}, source / "mp_rank_00_model_states.pt")
+    with pytest.raises(UserError, match="holds a parameter called .* which no model has"):
+        if where == "slice":
+            with _slices_checked(source):
+                ds_to_universal.dump_param_fragment(str(tmp_path / "in/out"), 0, 0, "fp32", torch.ones(2), name, 0, 1)
+        _convert(source, tmp_path / "in" / "target", groups=1)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["in", "mp_rank_00_model_states.pt", "source"]

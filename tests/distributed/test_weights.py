@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from laser_dist.config import CheckpointConfig, ModelConfig
 from laser_dist.distributed.engine import Engine, init_distributed
+from laser_dist.distributed.together import Together
 from laser_dist.distributed.weights import save_model
 from laser_dist.errors import UserError
 from laser_dist.model.backbone import load_backbone, prepare_for_training
@@ -51,7 +52,7 @@ def saved(rank: int, world_size: int, root: Path) -> list[tuple[int, int]]:
         config = ModelConfig(name=str(root / name), dtype="float32")
         model = LaserRetriever(prepare_for_training(load_backbone(config, ds_config), config))
         engine = Counted(model, torch.optim.AdamW(model.parameters()), ds_config)
-        save_model(engine, root / f"{name}-saved", SHARD / 1e9)
+        save_model(engine, root / f"{name}-saved", SHARD / 1e9, Together())
         made.append((engine.most, max(p.ds_numel * 4 for p in model.parameters())))
     return made
 

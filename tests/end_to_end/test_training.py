@@ -144,7 +144,7 @@ def finished(setting: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished"
     run("train", setting / "recipe.toml", "--output", folder, "--evaluation.corpus", setting / "corpus.jsonl",
         "--evaluation.queries", setting / "queries.jsonl", "--evaluation.qrels", setting / "qrels.tsv",
-        "--evaluation.every", 3, "--logging.term-gradient-norms-every", 2, "--checkpoint.keep", 1,
+        "--evaluation.every", 3, "--logging.term-gradient-norms-every", 2, "--checkpoint.keep", 2,
         "--profile.active", 1, "--profile.wait", 1, "--logging.peak-tflops", 0.1)  # fmt: skip
     return folder
 
@@ -185,7 +185,7 @@ def test_checkpoints_keep_the_newest_and_the_best(finished: Path) -> None:
     kept = {folder.name for folder in (finished / "checkpoints").glob("step-*")}
     best = (finished / "checkpoints" / "best").read_text().strip()
     assert (finished / "checkpoints" / "latest").read_text().strip() == f"step-{STEPS:06d}"
-    assert kept == {f"step-{STEPS:06d}", best}
+    assert kept == {"step-000004", f"step-{STEPS:06d}", best}
     assert not list((finished / "checkpoints").glob(".*partial"))
 
 
@@ -281,6 +281,7 @@ def test_a_mistake_is_one_message_before_training(
 def test_resuming_another_configuration_is_refused(setting: Path, finished: Path) -> None:
     result = run("train", setting / "recipe.toml", "--output", finished, "--resume", "--thinking.steps", 4, check=False)
     assert result.returncode == 2 and "another configuration" in result.stderr
+    assert "thinking.steps: 3 in the checkpoint, 4 in this run" in result.stderr
 
 
 def vectors_of_trainer(rank: int, world_size: int, recipe: Path, output: Path, flags: list[str]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Where an export comes from and where it goes: checked before expensive work, written beside, renamed when whole."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -9,7 +10,10 @@ from pathlib import Path
 
 from laser_dist.errors import UserError
 from laser_dist.retrieval.card import FILE as CARD
+from laser_dist.retrieval.card import RetrieverCard
 from laser_dist.retrieval.exporting.formats import INSTALLED, SHIPPED
+
+STATE = "trainer.json"
 
 
 def find_source(checkpoint: Path) -> Path:
@@ -21,6 +25,7 @@ def find_source(checkpoint: Path) -> Path:
         raise UserError(f"{checkpoint}: this folder does not exist; give a run, a checkpoint or a model folder")
     source = Path(model_folder(checkpoint)).resolve()
     _check_unaltered(source)
+    _check_card(source)
     return source
 
 
@@ -86,6 +91,27 @@ def _check_unaltered(source: Path) -> None:
         file = source.parent / name
         if name.startswith("model/") and identity != _identity(file):
             raise UserError(f"{file}: is not what training saved (its size or hash differs); export another checkpoint")
+
+
+def _check_card(source: Path) -> None:
+    """UserError where a checkpoint's card says otherwise than the settings that training recorded beside it."""
+    path = source.parent / STATE
+    if source.name != "model" or not path.is_file():
+        return
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")).get("settings") or {}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); export another checkpoint") from error
+    card = dataclasses.asdict(RetrieverCard.load(source))
+    said = {f"{part}.{name}": value for part in ("thinking", "text") for name, value in card[part].items()}
+    if card["temperature"] is not None:
+        said["objective.temperature"] = card["temperature"]
+    if told := [
+        f"{key} = {value!r}, and training used {settings[key]!r}"
+        for key, value in said.items()
+        if key in settings and settings[key] != value
+    ]:
+        raise UserError(f"{source / CARD} says {'; '.join(told)}: copy the checkpoint again from where it was trained")
 
 
 def _identity(file: Path) -> tuple[int, str] | None:
