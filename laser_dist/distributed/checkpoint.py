@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +33,9 @@ from laser_dist.distributed.universal import load_converted
 from laser_dist.distributed.weights import save_model
 from laser_dist.errors import UserError
 from laser_dist.files import replacing, sync_folder
+from laser_dist.reading import read_object
 from laser_dist.retrieval.card import RetrieverCard
+from laser_dist.run_folder import pointed
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ class CheckpointStore:
 
     def steps(self) -> list[Path]:
         """Checkpoint folders, oldest first."""
-        return sorted(self.folder.glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))
+        named = (path for path in self.folder.glob("step-*") if path.name[5:].isdecimal())
+        return sorted(named, key=lambda folder: int(folder.name[5:]))
 
     def best_metric(self) -> float | None:
         """The best checkpoint's metric as rank 0 reads it: files may look different elsewhere, and ranks must agree."""
@@ -179,12 +183,16 @@ class CheckpointStore:
 
     def _pointed(self, name: str) -> str | None:
         path = self.folder / name
-        return path.read_text().strip() if path.is_file() else None
+        return pointed(path) if path.is_file() else None
 
 
 def read_state(checkpoint: Path) -> TrainerState:
     try:
-        return TrainerState(**json.loads((checkpoint / "trainer.json").read_text()))
+        state = TrainerState(**read_object(checkpoint / "trainer.json"))
+        counts = [state.step, state.world_size, state.stage, state.position or 0]
+        if not all(type(count) is int and count >= 0 for count in counts) or not isinstance(state.fingerprint, str):
+            raise ValueError("its values are of the wrong kind")
+        return state
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{checkpoint} is not a checkpoint of laser_dist: trainer.json: {error}") from error
 
@@ -200,10 +208,15 @@ def _restore_rng(path: Path, device: torch.device, otherwise: tuple[int, int, in
     if not path.is_file():
         torch.manual_seed(int(np.random.SeedSequence(otherwise).generate_state(1, np.uint64)[0]))
         return
-    state = load_file(path)
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    try:
+        state = load_file(path)
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], device)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{path} is no generator's state ({error}); remove the checkpoint to use the one before"
+        ) from error
 
 
 def _rename_over(staging: Path, final: Path) -> None:

@@ -1,13 +1,13 @@
 """manifest.json: size and SHA-256 of every file of a checkpoint, taken when it is on disk. Ranks share the work."""
 
 import hashlib
-import json
 import os
 import threading
 from pathlib import Path
 from typing import Any
 
 from laser_dist.files import write_json
+from laser_dist.reading import read_object
 
 FILE = "manifest.json"
 
@@ -54,8 +54,12 @@ def write_manifest(folder: Path, found: dict[str, dict[str, Any]]) -> None:
 def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """None if every file of this share has the size and hash that the manifest says, else the first defect."""
     try:
-        files = json.loads((checkpoint / FILE).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = read_object(checkpoint / FILE)["files"]
+        if outside := [name for name in files if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise ValueError(f"{outside[0]!r} does not lie in the folder")
+        if not all(type(e["bytes"]) is int and isinstance(e["sha256"], str) for e in files.values()):
+            raise ValueError("an entry is no size and hash")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{FILE} is missing or broken ({error})"
     by_size = sorted(files.items(), key=lambda item: (item[1]["bytes"], item[0]))
     for name, expected in by_size[part::parts]:

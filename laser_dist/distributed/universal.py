@@ -11,6 +11,7 @@ recipe has them: ZeRO-3 would give all parameter groups those of the first.
 
 import contextlib
 import io
+import re
 import shutil
 import time
 from argparse import Namespace
@@ -24,7 +25,7 @@ from deepspeed.checkpoint import ds_to_universal
 
 from laser_dist.distributed.collectives import barrier, gather_objects, rank, world_size
 from laser_dist.distributed.engine import Engine
-from laser_dist.distributed.pickles import safe_load, safe_pickles
+from laser_dist.distributed.pickles import check_archive, safe_load, safe_pickles
 from laser_dist.errors import UserError
 
 TAG = "deepspeed"
@@ -76,6 +77,7 @@ def _convert(source: Path, target: Path, groups: int) -> None:
     needed = 2 * sum(path.stat().st_size for path in files)  # slices, then what is merged from them
     if (free := shutil.disk_usage(source).free) < needed:
         raise UserError(f"it takes {needed / 1e9:.1f} GB beside the checkpoint, and {free / 1e9:.1f} GB are free")
+    _check_names(source)
     target.mkdir(parents=True)
     arguments = Namespace(
         input_folder=str(source),
@@ -97,6 +99,24 @@ def _convert(source: Path, target: Path, groups: int) -> None:
     described |= {"module": {}, "optimizer": None}  # the weights are in `zero`
     for name in MODEL_STATES:
         torch.save(described, target / name)
+
+
+def _check_names(source: Path) -> None:
+    """UserError for parameters whose names lead out of the folder: the converter writes a folder for each."""
+    for path in sorted(source.glob("*.pt")):
+        check_archive(path)
+        names: set[Any] = set()
+        for table in _tables(safe_load(str(path), map_location="meta")):
+            names |= table.keys()
+        if bad := [name for name in names if not isinstance(name, str) or not re.fullmatch(r"\w[\w.]*", name)]:
+            raise UserError(f"{path} is refused: {str(bad[0])[:60]!r} is no parameter's name")
+
+
+def _tables(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Where DeepSpeed's files of any stage name parameters."""
+    optimizer = state.get("optimizer_state_dict") or {}
+    for found in (state.get("param_shapes"), optimizer.get("param_slice_mappings")):
+        yield from (found if isinstance(found, list) else [found] if isinstance(found, dict) else [])
 
 
 def _make_stages_alike(zero: Path, groups: int) -> None:

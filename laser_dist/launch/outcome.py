@@ -13,6 +13,7 @@ from pathlib import Path
 
 from laser_dist.errors import UserError
 from laser_dist.files import write_json
+from laser_dist.redaction import shown
 
 ATTEMPT = "LASER_DIST_ATTEMPT"
 """Environment variable: the number of the attempt, set by the supervisor; without it nothing is written."""
@@ -47,7 +48,7 @@ def reported(output: str | Path) -> Iterator[Outcome]:
     except BaseException as error:
         outcome.code = 2 if isinstance(error, UserError) else 1
         first = next(iter(str(error).strip().splitlines()), "")
-        outcome.reason = first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+        outcome.reason = shown(first if isinstance(error, UserError) else f"{type(error).__name__}: {first}")
         raise
     finally:
         outcome.time = time.time()

@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from laser_dist.config import RunConfig, TextConfig, ThinkingConfig
+from laser_dist.config import RunConfig, TextConfig, ThinkingConfig, section_from_table
 from laser_dist.errors import UserError
+from laser_dist.reading import read_json, read_object
 
 FILE = "laser_dist.json"
 FORMAT_VERSION = 1
+_LARGEST_TOKENIZER = 128 * 2**20  # bytes; large vocabularies with their merges take a quarter of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class RetrieverCard:
         if not path.is_file():
             return cls()
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_object(path)
             if data.pop("format_version") != FORMAT_VERSION:
                 raise UserError(f"another format version than {FORMAT_VERSION}; update laser_dist")
             if (saved := data.pop("tokenizer", None)) is not None and saved != _tokenizer_hash(folder):
@@ -60,10 +62,13 @@ class RetrieverCard:
                     "tokenizer.json beside it is not the tokenizer that this model was saved with: copy the folder's "
                     "tokenizer files again from where the weights came from"
                 )
-            return cls(thinking=ThinkingConfig(**data.pop("thinking")), text=TextConfig(**data.pop("text")), **data)
+            # A folder may be anybody's: every value has the type and the range that a recipe's would need.
+            thinking = section_from_table(ThinkingConfig, data.pop("thinking"), "thinking")
+            text = section_from_table(TextConfig, data.pop("text"), "text")
+            return section_from_table(cls, data, "", thinking=thinking, text=text)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is broken ({error}); copy it again from the checkpoint or export") from error
 
 
@@ -72,7 +77,7 @@ def _tokenizer_hash(folder: Path) -> str | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(path, _LARGEST_TOKENIZER)
     vocabulary = stored["model"].get("vocab", {})
     added = sorted((token["id"], token["content"]) for token in stored.get("added_tokens", []))
     return hashlib.sha256(json.dumps([vocabulary, added], sort_keys=True).encode()).hexdigest()

@@ -1,13 +1,13 @@
 """Where an export comes from and where it goes: checked before expensive work, written beside, renamed when whole."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from laser_dist.errors import UserError
+from laser_dist.reading import read_object
 from laser_dist.retrieval.card import FILE as CARD
 from laser_dist.retrieval.exporting.formats import INSTALLED, SHIPPED
 
@@ -78,9 +78,9 @@ def _check_unaltered(source: Path) -> None:
     if source.name != "model" or not path.is_file():
         return
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        files = read_object(path)["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}); export another checkpoint") from error
     for name, identity in expected.items():
         file = source.parent / name

@@ -1,0 +1,82 @@
+"""What may stand in logs and files: no key, token or password, no query of a presigned address, no terminal command."""
+
+import os
+import re
+import sys
+import traceback
+from types import TracebackType
+from urllib.parse import urlsplit
+
+from laser_dist.errors import UserError
+
+HIDDEN = "[hidden]"
+_SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY|KEY)(_ID)?$", re.I)
+_LEAST = 8  # characters; shorter values ("true", "1") are no secrets, and hiding them would garble messages
+# How the keys of some services begin, whoever passes them.
+_KEY = re.compile(
+    r"\b(hf_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|(AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{30,}|xox[abp]-[\w-]{10,})"
+)
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*://)([^\s/@'\"<>]*@)?([^\s?#'\"<>]*)([?#][^\s'\"<>]*)?", re.I)
+_PARAMETER = re.compile(
+    r"\b(X-Amz-[A-Za-z-]+|X-Goog-[A-Za-z-]+|AWSAccessKeyId|Signature|sig|token|access_token|api_?key|password)"
+    r"=([^\s&'\"<>]+)",
+    re.I,
+)
+
+
+def hide(text: str) -> str:
+    """The text without secrets of the environment, what looks like a key, and passwords and queries of addresses."""
+    for name, value in _secrets().items():
+        text = text.replace(value, f"[{name}]")
+    text = _ADDRESS.sub(_without_secret, _KEY.sub(HIDDEN, text))
+    return _PARAMETER.sub(rf"\1={HIDDEN}", text)
+
+
+def shown(text: object) -> str:
+    """`hide`, and nothing that a terminal would obey or that reorders a line; names and texts may be anybody's."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in hide(str(text))
+    )
+
+
+def find_secret(text: str) -> str | None:
+    """What kind of secret a value holds, in words that do not repeat it; None if it holds none."""
+    for name, value in _secrets().items():
+        if value in text:
+            return f"the value of the environment variable {name}"
+    if _KEY.search(text):
+        return "what looks like an access key"
+    return "a password or a query" if any(m[2] or m[4] for m in _ADDRESS.finditer(text)) else None
+
+
+def check_address(url: str) -> None:
+    """UserError unless shards are read from addresses like `url`, and it may stand in configs and logs."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:  # an address in brackets that is none, a port that is no number
+        raise UserError(f"an address of shards is no address ({error}): write it as https://host/folder") from None
+    if parts.scheme not in ("http", "https", "s3"):
+        raise UserError(f"{parts.scheme}://...: shards are read from folders, http(s):// and s3:// only")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise UserError(
+            f"{parts.scheme}://{parts.hostname or ''}{parts.path} comes with a password, a query or a fragment, which "
+            "configs and logs would show: leave it out; credentials are read from ~/.netrc (HTTP) or from AWS_*, "
+            "~/.aws and FSSPEC_S3_* (S3)"
+        )
+
+
+def print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """For sys.excepthook: a traceback quotes values, and what a server or a library said."""
+    print(shown("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
+
+
+def _secrets() -> dict[str, str]:
+    """Environment variable -> its value, longest first: one may hold another."""
+    found = {name: value for name, value in os.environ.items() if len(value) >= _LEAST and _SECRET_NAME.search(name)}
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def _without_secret(match: re.Match[str]) -> str:
+    scheme, person, place, rest = match.groups()
+    return scheme + (f"{HIDDEN}@" if person else "") + place + (f"{rest[0]}{HIDDEN}" if rest else "")
