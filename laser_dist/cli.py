@@ -5,7 +5,7 @@ import os
 import sys
 
 from laser_dist.errors import UserError, suggest
-from laser_dist.redaction import print_exception, shown
+from laser_dist.redaction import hiding, print_exception, shown
 
 COMMANDS = {
     "quickstart": ("laser_dist.quickstart", "Train, evaluate and export on the embedded sample set"),
@@ -66,7 +66,8 @@ def run(module: str, arguments: list[str]) -> int:
     """Call `module.main(arguments)`; user errors and Ctrl-C end in a message and a code, not in a traceback."""
     sys.excepthook = print_exception
     try:
-        return importlib.import_module(module).main(arguments) or 0
+        with hiding():
+            return importlib.import_module(module).main(arguments) or 0
     except UserError as error:
         print(f"error: {shown(error)}", file=sys.stderr)
         return 2

@@ -4,7 +4,10 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 from urllib.parse import urlsplit
 
 from laser_dist.errors import UserError
@@ -64,6 +67,37 @@ def check_address(url: str) -> None:
             "configs and logs would show: leave it out; credentials are read from ~/.netrc (HTTP) or from AWS_*, "
             "~/.aws and FSSPEC_S3_* (S3)"
         )
+
+
+class _Hiding:
+    """A stream that gets its text by way of `hide`; all else about it is its own."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(hide(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def hiding() -> Iterator[None]:
+    """Inside, sys.stderr shows no secret, whoever writes: messages and warnings of libraries go there.
+
+    Not sys.stdout, which carries rows and results as they are.
+    """
+    stream, sys.stderr = sys.stderr, _Hiding(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stderr = stream
 
 
 def print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
