@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -243,18 +242,14 @@ def test_a_whole_run_leaks_nothing(tmp_path):
     """prepare, two steps of training, export and evaluation, all with the secrets in the environment."""
     work = tmp_path / "work"
     work.mkdir()
-    rows = [
-        {
-            "query": f"why {n}?",
-            "rationale": "Ice.",
-            "positives": [{"id": f"p{n}", "text": f"because {n}"}],
-            "negatives": [],
-        }
-        for n in range(8)
-    ]
-    (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (work / "corpus.jsonl").write_text("".join(json.dumps(row["positives"][0]) + "\n" for row in rows))
-    (work / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+    rows = [{"query": f"why {n}?", "rationale": "Ice.", "positives": [{"id": f"p{n}", "text": "x"}]} for n in range(8)]
+    tables = {
+        "rows.jsonl": rows,
+        "corpus.jsonl": [row["positives"][0] for row in rows],
+        "queries.jsonl": [{"id": f"q{n}", "text": f"why {n}?"} for n in range(8)],
+    }
+    for name, table in tables.items():
+        (work / name).write_text("".join(json.dumps(row) + "\n" for row in table))
     (work / "qrels.tsv").write_text("".join(f"q{n}\tp{n}\t1\n" for n in range(8)))
     tiny_model_folder(work / "model")
     files = ("--corpus", "corpus.jsonl", "--queries", "queries.jsonl", "--qrels", "qrels.tsv")
@@ -272,4 +267,3 @@ def test_a_whole_run_leaks_nothing(tmp_path):
         assert not leaked(told), arguments
     assert (work / "run" / "config.toml").is_file() and list(work.rglob("*tfevents*")) and list(work.rglob("*.pt"))
     assert not leaked_files(tmp_path)
-    shutil.rmtree(work)
