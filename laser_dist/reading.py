@@ -36,7 +36,7 @@ def decode_json(raw: bytes | str) -> Any:
     if text.count("[") + text.count("{") > _MOST_PARTS:
         raise ValueError(f"holds more than {_MOST_PARTS:,} lists and objects")
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except json.JSONDecodeError:
@@ -70,3 +70,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number)

@@ -174,11 +174,10 @@ def ours(shards: list[Path]) -> Rows:
 
 
 def stock(shards: list[Path]) -> Rows:
-    """The rows as WebDataset gives them, nothing decoded."""
-    import webdataset
+    """The rows as a plain WebDataset pipeline gives them."""
+    from laser_dist.data.streaming.plain_loaders import webdataset_rows
 
-    for sample in webdataset.WebDataset([str(path) for path in shards], shardshuffle=False, empty_check=False):
-        yield f"{sample['__key__']}.json", sample.get("json", b"")
+    return webdataset_rows(shards)
 
 
 READERS: dict[str, Callable[[list[Path]], Rows]] = {"ours": ours, "webdataset": stock}

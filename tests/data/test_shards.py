@@ -8,7 +8,6 @@ import tarfile
 from array import array
 
 import pytest
-from webdataset.tariterators import tar_file_expander
 
 from laser_dist.batch import Example, Passage
 from laser_dist.data import shards
@@ -241,8 +240,8 @@ def test_a_shard_is_read_where_the_manifest_says_and_scanned_where_that_does_not
     [shard] = write(tmp_path / "out", 25).shards
     members = read_members(tmp_path / "out", shard)
     assert members == read_members(tmp_path / "out", dataclasses.replace(shard, offsets=array("q")))
-    scans = []
-    monkeypatch.setattr(shards, "tar_file_expander", lambda data: scans.append(data) or tar_file_expander(data))
+    scans, scan = [], shards._scan
+    monkeypatch.setattr(shards, "_scan", lambda content, place: scans.append(place) or scan(content, place))
     assert read_members(tmp_path / "out", shard) == members and not scans
     shifted = array("q", [offset + 512 for offset in shard.offsets])
     merged = array("q", [*shard.offsets[:3], *shard.offsets[4:]])

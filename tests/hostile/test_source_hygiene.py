@@ -22,7 +22,6 @@ ALLOWED = {
     "os.system": {"laser_dist/testing/hostile.py": "what the bombs would call"},
     "trust_remote_code=True": {"laser_dist/bench/encode.py": "an export of ours, made for the comparison"},
     "json.loads": {
-        "laser_dist/reading.py": "the one place with bounds",
         "laser_dist/data/annotation/journal.py": f"lines that decode_json has read before; {OURS}",
         "laser_dist/data/mining/task.py": OURS,
         "laser_dist/data/preparation/convert.py": OURS,
