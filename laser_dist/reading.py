@@ -24,9 +24,9 @@ def read_file(path: str | Path, limit: int = LARGEST_JSON) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no plain file", str(path))
-        content = file.read(min(status.st_size, limit) + 1)
-    if max(status.st_size, len(content)) > limit:
-        raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, but at most {limit:,} are read", str(path))
+        content = file.read(status.st_size + 1) if status.st_size <= limit else b""
+    if (size := max(status.st_size, len(content))) > limit:
+        raise OSError(errno.EFBIG, f"{size:,} bytes, but at most {limit:,} are read", str(path))
     return content
 
 

@@ -56,7 +56,8 @@ def check_address(url: str) -> None:
     """UserError unless shards are read from addresses like `url`, and it may stand in configs and logs."""
     try:
         parts = urlsplit(url)
-        _ = parts.port
+        if parts.scheme in ("http", "https"):
+            _ = parts.port  # raises
     except ValueError as error:  # an address in brackets that is none, a port that is no number
         raise UserError(f"an address of shards is no address ({error}): write it as https://host/folder") from None
     if parts.scheme not in ("http", "https", "s3"):

@@ -19,7 +19,7 @@ MANIFEST = "manifest.json"
 VERSION = 2
 LARGEST = 256 * 2**20  # bytes of a manifest that are read: about twenty million examples
 _SHA256 = re.compile("[0-9a-f]{64}")
-_FILE_NAME = re.compile(r"[^\x00-\x1f/\\:?#\ud800-\udfff]+")  # also as the end of an address
+_FILE_NAME = re.compile(r"(?!\.\.?$)[^\x00-\x1f/\\:?#\ud800-\udfff]+")  # also as the end of an address
 AGAIN = "write the folder again with `laser-dist prepare`"
 
 

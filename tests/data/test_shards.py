@@ -175,6 +175,13 @@ class _Bomb:
         return open, (str(self.path), "w")
 
 
+@pytest.mark.parametrize("name", ["__0__", "noending"])
+def test_members_without_an_ending_are_refused(tmp_path, name):
+    """WebDataset passes over them without a word."""
+    with pytest.raises(UserError, match="only .json members"):
+        read_shard(tmp_path, _shard_of(tmp_path, {"0.json": b"{}", name: b""}, 1))
+
+
 @pytest.mark.parametrize("suffix", ["pickle", "pyd", "pkl", "pth", "json.pyd", "txt"])
 def test_other_members_are_refused_and_pickles_not_run(tmp_path, suffix):
     marker = tmp_path / "executed"
@@ -189,7 +196,7 @@ def test_other_members_are_refused_and_pickles_not_run(tmp_path, suffix):
 
 @pytest.mark.parametrize(
     ("members", "examples"),
-    [({"0.json": b"{}"}, 2), ({"0.json": b"{}", "1.json": b"{}"}, 1), ({"__0__": b"{}"}, 1), ({"noending": b""}, 1)],
+    [({"0.json": b"{}"}, 2), ({"0.json": b"{}", "1.json": b"{}"}, 1)],
 )
 def test_the_count_must_be_the_manifests(tmp_path, members, examples):
     with pytest.raises(UserError, match="the manifest says"):

@@ -13,6 +13,7 @@ import pickle
 import tarfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,7 +34,7 @@ GIB = 2**30
 def shard_set(folder: Path, content: bytes, examples: int = 1, name: str = "x.tar") -> Path:
     """A folder whose manifest (version 1: without offsets) vouches for this shard."""
     folder.mkdir(exist_ok=True)
-    if name == Path(name).name:
+    if name == "x.tar":
         (folder / name).write_bytes(content)
     shard = {"name": name, "examples": examples, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     write_manifest(folder, {"shards": [shard], "examples": examples})
@@ -133,7 +134,7 @@ def _(folder, bomb):
 
 @SHARDS.case("a gzip bomb called .tar", "not a readable tar")
 def _(folder, bomb):
-    read_all(shard_set(folder / "s", gzip.compress(tar(("0.json", b" " * 200_000_000)), 1)))
+    read_all(shard_set(folder / "s", gzip.compress(tar(("0.json", b" " * 50_000_000)), 1)))
 
 
 @SHARDS.case("a zip called .tar", "not a readable tar")
@@ -247,7 +248,7 @@ ROWS = {
     "with NaN": ("NaN is no number", b'{"query": "a", "score": NaN}'),
     "longer than any text": ("at most 8,388,608 are read", b'{"query": "' + b"x" * 9_000_000 + b'"}'),
     "of two million empty lists": ("more than 1,000,000 lists", b'{"query": [' + b"[]," * 2_000_000 + b"[]]}"),
-    "with half of a surrogate pair": ("half of a surrogate pair", b'{"query": "\\ud83d"}'),
+    "with half of a surrogate pair": ("half of a surrogate pair", b'{"query": "\\ud83d", "positives": []}'),
     "with a NUL": ("NUL", b'{"query": "a\\u0000b", "positives": [{"text": "t"}]}'),
 }
 for name, (expected, row) in ROWS.items():
@@ -292,7 +293,7 @@ for name, (expected, row) in ROWS.items():
 def _(folder, bomb):
     path = folder / "rows.jsonl.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:
-        for _ in range(400):
+        for _ in range(100):
             file.write(b" " * 2**20)
     prepare(folder, path)
 
@@ -302,8 +303,8 @@ def _(folder, bomb):
     import pyarrow
 
     with pyarrow.CompressedOutputStream(str(folder / "rows.jsonl.zst"), "zstd") as file:
-        for _ in range(400):
-            file.write(b"\n" * 2**20)
+        for _ in range(100):
+            file.write(b" " * 2**20)
     prepare(folder, folder / "rows.jsonl.zst")
 
 
@@ -560,7 +561,9 @@ def annotate(answer):
 
 
 def gzip_bomb(handler):
-    send(handler, gzip.compress(b" " * 600_000_000, 1), Content_Encoding="gzip")
+    packer = zlib.compressobj(1, wbits=31)
+    content = b"".join(packer.compress(b" " * 2**20) for _ in range(600)) + packer.flush()
+    send(handler, content, Content_Encoding="gzip")
 
 
 SERVERS.add(

@@ -75,7 +75,7 @@ def found_in_call(call: ast.Call) -> Iterator[str]:
     for flag in ("shell", "trust_remote_code"):
         if values.get(flag) is True:
             yield f"{flag}=True"
-    if name == "tarfile.open" and values.get("mode") != "r:":
+    if name == "tarfile.open" and values.get("mode") not in ("r:", "a:"):
         yield "tarfile.open that unpacks"
     if name in ("json.loads", "json.load") and not (call.args and ast.unparse(call.args[0]).startswith("json.dumps(")):
         yield "json.loads"

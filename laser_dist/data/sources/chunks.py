@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ROWS = 256  # of a chunk
 MAX_LINE = LONGEST_ROW  # bytes; what is longer is no row but a file without line breaks
-_MOST_UNPACKED, _FREE = 200, 64 * 2**20  # times a file's size that are unpacked of it, and bytes that always are
+_MOST_UNPACKED, _FREE = 200, 4 * 2**20  # times a file's size that are unpacked of it, and bytes that always are
 _PARQUET_ROWS = 16  # decoded at once: a column may hold one long text in a million rows, and take no space for it
 _BYTES = 4 * 2**20  # of a chunk, about
 
