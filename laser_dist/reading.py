@@ -59,6 +59,11 @@ def read_object(path: str | Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
     return value
 
 
+def is_file_name(name: object) -> bool:
+    """Whether it names a file of the folder it is looked up in, whatever that is."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\0"} & set(name)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):

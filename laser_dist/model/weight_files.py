@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from laser_dist.errors import UserError
-from laser_dist.reading import read_object
+from laser_dist.reading import is_file_name, read_object
 
 INDEX = "model.safetensors.index.json"
 
@@ -60,7 +60,7 @@ def _files(folder: Path) -> list[Path]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / INDEX} is damaged ({error}); copy it again") from None
-    if outside := [name for name in named if not isinstance(name, str) or name != Path(name).name]:
+    if outside := [name for name in named if not is_file_name(name)]:
         raise UserError(f"{folder / INDEX} names {str(outside[0])[:60]!r}, which does not lie in the folder")
     return sorted(folder / name for name in named)
 

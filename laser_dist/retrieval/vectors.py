@@ -45,7 +45,7 @@ def load_vectors(folder: str | Path) -> tuple[Ids, np.memmap]:
         found = (list(vectors.shape), len(ids), vectors.dtype.name)
         if found != expected:
             raise ValueError(f"manifest says (shape, ids, dtype) = {expected}, files say {found}")
-    except (OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, IndexError, OverflowError, MemoryError, TypeError) as error:
         raise UserError(f"{folder} is damaged ({error}): encode again with --overwrite") from None
     return ids, vectors
 

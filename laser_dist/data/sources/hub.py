@@ -10,7 +10,7 @@ from typing import Any
 from laser_dist.data.sources.chunks import ROWS, Chunk, grouped, to_arrow
 from laser_dist.data.sources.read import FORMS, card_licence, hash_files
 from laser_dist.errors import UserError
-from laser_dist.reading import read_object
+from laser_dist.reading import is_file_name, read_object
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Saved:
                 named = [file["filename"] for file in read_object(path)["_data_files"]]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path} cannot be read ({error}): save the data set again") from None
-            if outside := [name for name in named if not isinstance(name, str) or name != Path(name).name]:
+            if outside := [name for name in named if not is_file_name(name)]:
                 raise UserError(f"{path} names {outside[0]!r}, which does not lie in its folder: save the set again")
 
     def chunks(self, skip: int = 0) -> Iterator[Chunk]:
