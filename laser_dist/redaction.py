@@ -19,7 +19,9 @@ _LEAST = 8  # characters; shorter values ("true", "1") are no secrets, and hidin
 _KEY = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|(AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{30,}|xox[abp]-[\w-]{10,})"
 )
-_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*://)([^\s/@'\"<>]*@)?([^\s?#'\"<>]*)([?#][^\s'\"<>]*)?", re.I)
+# Also as pathlib leaves them, with one slash.
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*://|(?:https?|s3):/)([^\s/@'\"<>]*@)?([^\s?#'\"<>]*)([?#][^\s'\"<>]*)?", re.I)
+_PERSON = re.compile(r"\b[\w.%+-]+:[^\s/@:'\"<>]{3,}@(?=[\w\[])")
 _PARAMETER = re.compile(
     r"\b(X-Amz-[A-Za-z-]+|X-Goog-[A-Za-z-]+|AWSAccessKeyId|Signature|sig|token|access_token|api_?key|password)"
     r"=([^\s&'\"<>]+)",
@@ -32,7 +34,7 @@ def hide(text: str) -> str:
     for name, value in _secrets().items():
         text = text.replace(value, f"[{name}]")
     text = _ADDRESS.sub(_without_secret, _KEY.sub(HIDDEN, text))
-    return _PARAMETER.sub(rf"\1={HIDDEN}", text)
+    return _PARAMETER.sub(rf"\1={HIDDEN}", _PERSON.sub(f"{HIDDEN}@", text))
 
 
 def shown(text: object) -> str:

@@ -82,7 +82,7 @@ FLAGS = {
     "a misspelt section": ((*TRAIN, "--thinkin.steps", "3"), ("--thinkin.steps", "--thinking.steps")),
     "a word for a number": ((*TRAIN, "--seed", "many"), ("--seed", "many", "int")),
     "a choice that there is not": ((*TRAIN, "--model.dtype", "float16"), ("--model.dtype", "float16", "bfloat16")),
-    "a flag without its value": ((*TRAIN, "--seed"), ("--seed", "int")),
+    "a flag without its value": ((*TRAIN, "--seed"), ("--seed", "Missing value")),
     "no steps": ((*TRAIN, "--thinking.steps", "0"), ("thinking.steps", "0", "from 1 to 1024")),
     "a negative temperature": ((*TRAIN, "--objective.temperature", "-1"), ("objective.temperature", "above 0")),
     "a temperature that is nan": ((*TRAIN, "--objective.temperature", "nan"), ("objective.temperature", "nan")),
@@ -248,8 +248,8 @@ RECIPES = {
     "a choice that there is not": ('[model]\ndtype = "fp16"', ("model.dtype", "'fp16'", "'bfloat16'")),
     "a list for a text": ('[model]\nname = ["a"]', ("model.name", "expected str")),
     "three betas": ("[optimizer]\nbetas = [0.9, 0.9, 0.9]", ("optimizer.betas",)),
-    "a key twice": ("seed = 1\nseed = 2", ("recipe.toml", "not valid TOML", "line")),
-    "a string that stays open": ('output = "x', ("recipe.toml", "not valid TOML", "line 1")),
+    "a key twice": ("seed = 1\nseed = 2\n", ("recipe.toml", "not valid TOML", "Cannot overwrite", "line 2")),
+    "a string that stays open": ('output = "x\n', ("recipe.toml", "not valid TOML", "line 1")),
     "YAML": ("model:\n  name: x\n", ("recipe.toml", "not valid TOML")),
     "no UTF-8": (b"output = '\xff'", ("recipe.toml", "not valid TOML", "utf-8")),
     "a weight in quotes": ('[data]\nmix = {"a" = "2"}', ("data.mix", "expected float")),
@@ -264,7 +264,8 @@ RECIPES = {
 def test_recipes(name, here):
     text, words = RECIPES[name]
     (here / "recipe.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    check(refused("train", "recipe.toml", "--model.name" if "model" not in str(text) else "--output", "x"), *words)
+    output = [] if "output" in str(text) else ["--output", "out"]
+    check(refused("train", "recipe.toml", "--model.name", "x/y", *output), *words)
 
 
 DS_CONFIGS = {
@@ -322,7 +323,7 @@ ROWS = {
     ),
     "no rationale": (changed(rationale=None), ("rows.jsonl:1", "rationale", "--missing-rationale")),
     "a NUL": (changed(query="a\0b"), ("rows.jsonl:1", '"query"', "NUL")),
-    "half a surrogate": ('{"query": "\\ud83d"}', ("rows.jsonl:1", '"query"', "surrogate")),
+    "half a surrogate": (changed(query="\ud83d"), ("rows.jsonl:1", '"query"', "surrogate")),
     "a query too long": (changed(query="x" * 200_001), ("rows.jsonl:1", "--max-characters")),
 }
 
@@ -402,7 +403,7 @@ FOLDERS = {
         "out/checkpoints/latest",
         "step-000001",
         ("export", "out", "--out", "e"),
-        ("step-000001", "config.json"),
+        ("checkpoints/latest names step-000001", "is not there"),
     ),
     "a pointer to nowhere": ("out/checkpoints/latest", "../x", ("export", "out", "--out", "e"), ("latest", "'../x'")),
     "results that are cut": (
