@@ -15,9 +15,10 @@ from laser_dist.errors import UserError
 HIDDEN = "[hidden]"
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY|KEY)(_ID)?$", re.I)
 _LEAST = 8  # characters; shorter values ("true", "1") are no secrets, and hiding them would garble messages
+_SURE = 16  # characters; shorter ones may be in a path by chance, which is no reason to refuse it
 # How the keys of some services begin, whoever passes them.
 _KEY = re.compile(
-    r"\b(hf_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|(AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{30,}|xox[abp]-[\w-]{10,})"
+    r"\b(hf_[A-Za-z0-9]{30,}|sk-[\w-]{32,}|(AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{30,}|xox[abp]-[\w-]{10,})"
 )
 # Also as pathlib leaves them, with one slash.
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*://|(?:https?|s3):/)([^\s/@'\"<>]*@)?([^\s?#'\"<>]*)([?#][^\s'\"<>]*)?", re.I)
@@ -47,7 +48,7 @@ def shown(text: object) -> str:
 def find_secret(text: str) -> str | None:
     """What kind of secret a value holds, in words that do not repeat it; None if it holds none."""
     for name, value in _secrets().items():
-        if value in text:
+        if len(value) >= _SURE and value in text:
             return f"the value of the environment variable {name}"
     if _KEY.search(text):
         return "what looks like an access key"

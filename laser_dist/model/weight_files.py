@@ -55,8 +55,8 @@ def _files(folder: Path) -> list[Path]:
         named = set(read_object(folder / INDEX, 64 * 2**20)["weight_map"].values())
     except FileNotFoundError:
         raise UserError(
-            f"{folder} holds neither model.safetensors nor {INDEX}; weights in other formats (.bin, .pt) are not read: "
-            "save them as safetensors"
+            f"{folder}: cannot load its weights: neither model.safetensors nor {INDEX} is there; weights in other "
+            "formats (.bin, .pt) are not read: save them as safetensors"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / INDEX} is damaged ({error}); copy it again") from None

@@ -254,7 +254,7 @@ RECIPES = {
     "no UTF-8": (b"output = '\xff'", ("recipe.toml", "not valid TOML", "utf-8")),
     "a weight in quotes": ('[data]\nmix = {"a" = "2"}', ("data.mix", "expected float")),
     "a weight of 0": ('[data]\nmix = {"a" = 0}', ("data.mix", "finite and positive")),
-    "a secret": ('output = "hf_abcdefghijklmnopqrstuvwxyz"', ("output", "access key", "not shown")),
+    "a secret": ('output = "hf_abcdefghijklmnopqrstuvwxyzabcdefgh"', ("output", "access key", "not shown")),
     "infinity": ("[train]\nepochs = inf", ("train.epochs", "inf", "finite")),
     "train and mix": ('[data]\ntrain = "a"\nmix = {"b" = 1}', ("data.mix", "either train or mix")),
 }

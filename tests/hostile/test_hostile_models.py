@@ -86,7 +86,7 @@ for load in (encoder, trained):
     MODELS.add(f"code beside a known model is not run ({load.__name__})", "", code_for_known_model)
 
 
-@MODELS.case("weights that are a pickle", "weights in other formats")
+@MODELS.case("weights that are a pickle", "weights in other formats .* are not read")
 def _(folder, bomb):
     made = model(folder)
     (made / "model.safetensors").unlink()

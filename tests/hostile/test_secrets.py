@@ -200,7 +200,7 @@ def test_redirects_and_answers_of_a_server_show_no_secret(tmp_path):
         ("https://host/plain: it does not exist", "https://host/plain: it does not exist"),
         ("token=abc&x=1", "token=[hidden]&x=1"),
         (f"key {ENVIRONMENT['AWS_SECRET_ACCESS_KEY']}!", "key [AWS_SECRET_ACCESS_KEY]!"),
-        ("hf_anotherkeyanotherkey12345", "[hidden]"),
+        ("hf_anotherkeyanotherkeyanotherkey1", "[hidden]"),
         (
             "seed = 1: must be a number; see http(s):// and s3://",
             "seed = 1: must be a number; see http(s):// and s3://",
