@@ -5,6 +5,7 @@ import os
 import sys
 
 from laser_dist.errors import UserError, suggest
+from laser_dist.redaction import hiding, print_exception, shown
 
 COMMANDS = {
     "quickstart": ("laser_dist.quickstart", "Train, evaluate and export on the embedded sample set"),
@@ -63,10 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(module: str, arguments: list[str]) -> int:
     """Call `module.main(arguments)`; user errors and Ctrl-C end in a message and a code, not in a traceback."""
+    sys.excepthook = print_exception
     try:
-        return importlib.import_module(module).main(arguments) or 0
+        with hiding():
+            return importlib.import_module(module).main(arguments) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return _end_of_pipe()

@@ -17,6 +17,12 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from laser_dist.errors import UserError, suggest
+from laser_dist.reading import read_file
+from laser_dist.redaction import check_address, find_secret
+
+_LARGEST_RECIPE = 2**20  # bytes; the longest one here has 2,000
+MOST_STEPS = 1024
+"""Latent steps: each costs a sweep of the model, and folders of others may ask for any number."""
 
 
 def _require(condition: bool, key: str, value: object, remedy: str) -> None:
@@ -26,10 +32,14 @@ def _require(condition: bool, key: str, value: object, remedy: str) -> None:
 
 def _check_template(key: str, template: str, required: str, optional: str) -> None:
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
     except ValueError as error:
         raise UserError(f"{key} = {template!r}: {error}; write {{{{ and }}}} for braces of the text itself") from None
+    names = [name for _, name, _, _ in fields]
     _require(required in names, key, template, f"must contain {{{required}}}")
+    # A width would pad a text to any length, and a conversion would quote it.
+    plain = not any(spec or conversion for _, _, spec, conversion in fields)
+    _require(plain, key, template, f"write {{{required}}} alone, without : or ! behind the name")
     for name in names:
         remedy = f"only {{{required}}} and {{{optional}}} are filled in; write {{{{ and }}}} for other braces"
         _require(name in (required, optional), key, template, remedy)
@@ -80,7 +90,7 @@ class ThinkingConfig:
     """official: the first state is the last prompt token's, so K-1 soft tokens; paper: K soft tokens."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "thinking.steps", self.steps, "must be at least 1")
+        _require(1 <= self.steps <= MOST_STEPS, "thinking.steps", self.steps, f"must be from 1 to {MOST_STEPS}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +178,8 @@ class DataConfig:
         _require(not (self.train and self.mix), "data.mix", list(self.mix.values()), "give either train or mix")
         key = "data.mix" if self.mix else "data.train"
         for place in self.sources:
+            if "://" in place:
+                check_address(place)
             manifest = Path(place) / "manifest.json"
             remedy = f"{manifest} does not exist; write it with `laser-dist prepare --source FILE --out {place}`"
             _require(
@@ -426,12 +438,25 @@ class RunConfig:
         mode = self.train.reduce_gradients
         return mode == "once" or (mode == "auto" and self.model.lora_rank > 0)
 
+    def _refuse_secrets(self) -> None:
+        """UserError for a value that config.toml, TensorBoard and model cards would show to others."""
+        for name, section in {"": self, **{f"{s}.": getattr(self, s) for s in _SECTIONS}}.items():
+            for key in get_type_hints(type(section)):
+                value = getattr(section, key)
+                told = [*value] if isinstance(value, dict) else [value]
+                if name != "text." and (kind := next(filter(None, map(find_secret, filter(_is_text, told))), None)):
+                    raise UserError(
+                        f"{name}{key} holds {kind} (not shown), which the run's files and logs would show: leave it "
+                        "out; credentials are read from the environment, ~/.netrc and the hub's login"
+                    )
+
     def validate(self) -> None:
         """Check what no single section can: required values, combinations, files. Raises UserError."""
         _require(bool(self.output), "output", self.output, "give the folder of the run, e.g. --output runs/first")
         _require(
             bool(self.model.name), "model.name", self.model.name, "give a hub id or a folder, e.g. Qwen/Qwen3-0.6B"
         )
+        self._refuse_secrets()
         self.data.validate()
         _require(
             self.text.max_explicit_tokens >= self.text.max_query_tokens + 2,
@@ -460,6 +485,13 @@ class RunConfig:
         )
 
 
+_SECTIONS = tuple(name for name, kind in get_type_hints(RunConfig).items() if dataclasses.is_dataclass(kind))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 def load_config(arguments: Sequence[str], prog: str = "laser-dist train") -> RunConfig:
     """`[RECIPE.toml] [--section.field value ...]` -> a validated RunConfig; UserError names key, value and remedy."""
     import tyro  # here, because `laser-dist --help` must not pay for it
@@ -485,11 +517,15 @@ Examples:
 def read_recipe(path: Path) -> RunConfig:
     """A TOML recipe as a RunConfig (not yet validated as a whole)."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_file(path, _LARGEST_RECIPE).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; ready ones are in launchers/recipes/") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read ({error.strerror}); give a TOML file") from None
+    except ValueError as error:  # also: no UTF-8, and numbers of thousands of digits
         raise UserError(f"recipe {path} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise UserError(f"recipe {path} is not valid TOML: it is nested too deeply") from None
     return _from_table(RunConfig, table, str(path), "")
 
 
@@ -507,6 +543,18 @@ def _from_table(cls: type, table: dict[str, Any], source: str, prefix: str) -> A
         else:
             values[key] = _coerce(known[key], value, source, name)
     return cls(**values)
+
+
+def section_from_table(cls: type, table: Any, section: str, **given: Any) -> Any:
+    """A section of a recipe, `cls`, from a table of values that came another way; `given` are taken as they are.
+
+    Null stands for a value that is not set. Raises UserError as for a recipe.
+    """
+    if not isinstance(table, dict):
+        raise UserError(f"{section} must be an object, got {type(table).__name__}")
+    known = {key: value for key, value in table.items() if value is not None}
+    read = _from_table(cls, known, section or "its values", f"{section}." if section else "")
+    return dataclasses.replace(read, **given)
 
 
 def _suggest_key(cls: type, key: str) -> str:

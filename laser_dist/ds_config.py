@@ -12,6 +12,7 @@ from typing import Any
 
 from laser_dist.config import RunConfig
 from laser_dist.errors import UserError, suggest
+from laser_dist.reading import read_json
 
 # A link to the top-level folder in a checkout, a plain folder in a wheel.
 FOLDER = Path(__file__).parent / "ds_configs"
@@ -55,6 +56,36 @@ KNOWN = {
     "use_data_before_expert_parallelism",
 }
 
+_STAGE3 = (
+    *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters"),
+    *("max_reuse_distance", "gather_16bit_weights_on_model_save", "module_granularity_threshold"),
+    *("use_all_reduce_for_fetch_params", "allgather_sequential"),
+)
+# The same for the sections that runs have; DeepSpeed finds these typing errors after all ranks have loaded the model,
+# and those in aio not at all.
+KNOWN_WITHIN = {
+    "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow"}
+    | {"bf16_master_weights_and_grads", "bf16_optimizer_states"},
+    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
+    "zero_optimization": {
+        *(f"stage3_{name}" for name in _STAGE3),
+        *_STAGE3,
+        *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
+        *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "sub_group_size"),
+        *("load_from_fp32_weights", "elastic_checkpoint", "offload_param", "offload_optimizer", "zenflow"),
+        *("cpu_offload_param", "cpu_offload_use_pin_memory", "cpu_offload", "ignore_unused_parameters"),
+        *("stage3_gather_fp16_weights_on_model_save", "legacy_stage1", "round_robin_gradients", "parameter_alignment"),
+        *("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights"),
+        *("zero_quantized_gradients", "memory_efficient_linear", "pipeline_loading_checkpoint", "leaf_module"),
+        *("log_trace_cache_warnings", "enable_sanity_checks", "save_muon_momentum_buffer_in_memory"),
+        "override_module_apply",
+    },
+    "zero_optimization.offload_param": {"device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu"}
+    | {"pin_memory"},
+    "zero_optimization.offload_optimizer": {"device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read"}
+    | {"pipeline_write", "fast_init", "ratio", "super_offload", "cpuadam_cores_perc"},
+}
+
 # DeepSpeed gives "auto" a meaning of its own here.
 _AUTO_ALLOWED = "data_types.keep_in_fp32_modules"
 
@@ -81,6 +112,7 @@ def resolve(name: str, config: RunConfig) -> dict[str, Any]:
             raise UserError(f'{path}: "{key}" does not belong here: {REFUSED[key]}')
         if key not in KNOWN:
             raise UserError(f'{path}: unknown key "{key}".{suggest(key, KNOWN)}')
+    _check_within(path, table)
 
     for key, ours in OWNED.items():
         section, field = ours.split(".")
@@ -101,6 +133,18 @@ def resolve(name: str, config: RunConfig) -> dict[str, Any]:
     for key in _autos(table):
         raise UserError(f'{path}: "{key}" = "auto": nothing fills it, so DeepSpeed would take a default; write a value')
     return table
+
+
+def _check_within(path: Path, table: dict[str, Any]) -> None:
+    """UserError for what stands under a wrong name in a section."""
+    for section, known in KNOWN_WITHIN.items():
+        found: Any = table
+        for name in section.split("."):
+            found = found.get(name, {}) if isinstance(found, dict) else {}
+        for key in found if isinstance(found, dict) else ():
+            if key not in known:
+                near = suggest(key, known).replace('"', f'"{section}.', 1)
+                raise UserError(f'{path}: unknown key "{section}.{key}".{near}')
 
 
 def _check_machine(path: Path, zero: Any) -> None:
@@ -124,17 +168,11 @@ def _check_machine(path: Path, zero: Any) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise UserError(f'{path}: "{twice}" appears twice; keep one of them')
-        return table
-
     try:
-        table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        table = read_json(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(table, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(table).__name__}")

@@ -4,7 +4,7 @@ prepare -> evaluate the untrained model -> train through the deepspeed launcher 
 Every stage keeps what it made in the work folder; a second run reuses it.
 """
 
-import json
+import contextlib
 import os
 import socket
 import subprocess
@@ -17,6 +17,7 @@ from typing import Any
 from laser_dist.config import RunConfig, read_recipe, to_toml
 from laser_dist.data import sample_folder
 from laser_dist.errors import UserError
+from laser_dist.reading import read_object
 
 RECIPE = Path(__file__).parent / "recipes" / "quickstart.toml"
 HELP = """Train, evaluate and export a retriever on the embedded sample set, end to end.
@@ -149,8 +150,9 @@ def _evaluated(config: RunConfig, file: Path, *, trained: bool) -> dict[str, Any
 
     untrained = f"{config.model.name}, layers: {config.model.layers or 'all'}"
     model = str(latest_checkpoint(Path(config.output))) if trained else untrained
-    if file.is_file() and (results := json.loads(file.read_text()))["model"] == model:
-        return results
+    with contextlib.suppress(OSError, ValueError):  # missing, or cut off: it is made again
+        if (results := read_object(file)).get("model") == model:
+            return results
     sample = sample_folder()
     corpus, queries, qrels = read_collection(sample / "corpus.jsonl", sample / "queries.jsonl", sample / "qrels.tsv")
     encoder = LaserEncoder.from_pretrained(model) if trained else LaserEncoder.from_config(config)

@@ -188,10 +188,10 @@ def _slice(corpus: Corpus, queries: Queries, qrels: Qrels) -> tuple[Corpus, Quer
     return (
         Corpus(*([column[i] for i in rows] for column in (corpus.ids, corpus.texts, corpus.titles))),
         Queries(
-            *(
-                [column[i] for i in chosen]
-                for column in (queries.ids, queries.texts, queries.instructions, queries.rationales)
-            )
+            [queries.ids[i] for i in chosen],
+            [queries.texts[i] for i in chosen],
+            [queries.instructions[i] for i in chosen],
+            [queries.rationales[i] for i in chosen],
         ),
         {queries.ids[i]: qrels[queries.ids[i]] for i in chosen},
     )

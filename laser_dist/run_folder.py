@@ -1,8 +1,10 @@
 """Where things lie in the folder of a run (known to training, serving and the quickstart; imports nothing heavy)."""
 
+import re
 from pathlib import Path
 
 from laser_dist.errors import UserError
+from laser_dist.reading import read_file
 
 
 def checkpoints_of(run: Path) -> Path:
@@ -14,4 +16,18 @@ def latest_checkpoint(run: Path) -> Path:
     pointer = checkpoints_of(run) / "latest"
     if not pointer.is_file():
         raise UserError(f"{run} holds no finished checkpoint ({pointer} does not exist)")
-    return pointer.parent / pointer.read_text().strip()
+    folder = pointer.parent / pointed(pointer)
+    if not folder.is_dir():
+        raise UserError(f"{pointer} names {folder.name}, which is not there: write the name of one that is into it")
+    return folder
+
+
+def pointed(pointer: Path) -> str:
+    """The checkpoint that `latest` or `best` names. UserError unless that is the name of one beside it."""
+    try:
+        name = read_file(pointer, 4096).decode("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{pointer} cannot be read ({error}): write the name of a checkpoint into it") from None
+    if not re.fullmatch(r"step-\d{1,18}", name):
+        raise UserError(f"{pointer} names {name[:40]!r}, which is no checkpoint: write one's name into it")
+    return name

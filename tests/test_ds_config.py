@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from laser_dist.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
-from laser_dist.ds_config import FOLDER, KNOWN, REFUSED, find_ds_config, resolve
+from laser_dist.ds_config import FOLDER, KNOWN, KNOWN_WITHIN, REFUSED, find_ds_config, resolve
 from laser_dist.errors import UserError
 from laser_dist.testing import assert_close_relative, run_distributed
 
@@ -184,7 +184,12 @@ def test_missing_keys_are_filled_too(write):
             r'"zero_optimization.reduce_bucket_size" = "auto": nothing',
         ),
         ({"comms_logger": {"prof_ops": ["auto"]}}, r'"comms_logger.prof_ops.0"'),
-        ('{"dump_state": true, "dump_state": false}', r'"dump_state" appears twice'),
+        ('{"dump_state": true, "dump_state": false}', r"'dump_state' appears twice"),
+        ({"zero_optimization": {"overlap_com": True}}, r'Did you mean "zero_optimization.overlap_comm"'),
+        ({"aio": {"queue_dept": 8}}, r'unknown key "aio.queue_dept". Did you mean "aio.queue_depth"'),
+        ({"zero_optimization": {"offload_param": {"devise": "cpu"}}}, r'"zero_optimization.offload_param.device"'),
+        ('{"zero_optimization": NaN}', r"NaN is no number"),
+        ("[" * 100_000, r"nested too deeply"),
         ("{", r"not valid JSON"),
         ("[]", r"expected a JSON object, got list"),
     ],
@@ -218,3 +223,25 @@ def test_known_keys_are_those_that_deepspeed_reads():
     dropped = {"eigenvalue", "graph_harvesting", "progressive_layer_drop", "quantize_training", "sparse_attention"}
     unknown = Recorder.read - KNOWN - REFUSED.keys() - dropped
     assert not unknown, f"this version of DeepSpeed also reads {sorted(unknown)}: add them to KNOWN or REFUSED"
+
+
+def test_known_keys_of_sections_are_those_of_deepspeeds_classes():
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    classes = {
+        "bf16": DeepSpeedBF16Config,
+        "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+    }
+    theirs = {
+        section: {name for field, info in kind.model_fields.items() for name in (field, info.alias) if name}
+        for section, kind in classes.items()
+    }
+    assert theirs | {"aio": set(AIO_DEFAULT_DICT)} == KNOWN_WITHIN

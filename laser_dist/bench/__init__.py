@@ -9,6 +9,7 @@ BENCHMARKS = {
     "step": "laser_dist.bench.step",
     "chunks": "laser_dist.bench.chunks",
     "loader": "laser_dist.bench.loader",
+    "damage": "laser_dist.bench.damage",
     "prepare": "laser_dist.bench.prepare",
     "resume": "laser_dist.bench.resume",
     "killed-saves": "laser_dist.bench.killed_saves",
@@ -25,6 +26,7 @@ benchmarks:
   step     One training step, ours and the published one: time, memory, tokens
   chunks   A large batch in chunks by token budget (GradCache): memory and time
   loader   Reading, tokenising and packing, ours and plain pipelines: examples/s, tokens/s
+  damage   Damaged shards, read by this package and by WebDataset: what is noticed, and what noticing costs
   prepare  Rows per second and memory of `prepare` and `prepare --check`
   resume   Seconds to the first batch when a run continues at several places of a large set
   killed-saves  Ranks killed while they save: what is left loads, and is no mixture

@@ -194,7 +194,7 @@ class Life:
                 signal.pause()
             return values
 
-        trainer._next, trainer.step = next_batch, recorded  # type: ignore[method-assign]
+        trainer._next, trainer.step = next_batch, recorded  # type: ignore[method-assign, assignment]
         trainer.fit()
         signal.setitimer(signal.ITIMER_REAL, 0)
 

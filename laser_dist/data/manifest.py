@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from laser_dist.errors import UserError
+from laser_dist.reading import decode_json
 
 MANIFEST = "manifest.json"
 VERSION = 2
+LARGEST = 256 * 2**20  # bytes of a manifest that are read: about twenty million examples
 _SHA256 = re.compile("[0-9a-f]{64}")
+_FILE_NAME = re.compile(r"(?!\.\.?$)[^\x00-\x1f/\\:?#\ud800-\udfff]+")  # also as the end of an address
 AGAIN = "write the folder again with `laser-dist prepare`"
 
 
@@ -100,7 +103,7 @@ def parse_manifest(raw: bytes, path: Path | str) -> Manifest:
     Only what it says is checked, not the files it speaks of.
     """
     try:
-        table = json.loads(raw)
+        table = decode_json(raw)
         if (version := table.get("version")) not in (1, VERSION):
             raise UserError(f"{path} has version {version!r}, this program reads 1 and {VERSION}: {AGAIN}")
         if version == 1:
@@ -124,8 +127,10 @@ def _check_consistent(manifest: Manifest) -> None:
         raise ValueError("its counts do not add up")
     for shard in manifest.shards:
         # A manifest is input like any other: it must not lead out of its folder.
-        if shard.name != Path(shard.name).name:
+        if shard.name != Path(shard.name).name or not _FILE_NAME.fullmatch(shard.name):
             raise ValueError(f"{shard.name!r} is not a file name")
+        if not (type(shard.bytes) is type(shard.examples) is int and shard.bytes >= 0 < shard.examples):
+            raise ValueError(f"{shard.name} has {shard.bytes!r} bytes and {shard.examples!r} examples")
         if not _SHA256.fullmatch(shard.sha256):  # names the copy in the cache
             raise ValueError(f"{shard.sha256!r} is not a sha256")
         if not 0 <= shard.source < len(manifest.sources):
@@ -136,5 +141,5 @@ def _check_consistent(manifest: Manifest) -> None:
             len(positions) == shard.examples + 1 and ascending and 0 <= positions[0] and positions[-1] <= shard.bytes
         ):
             raise ValueError(f"the offsets of {shard.name} do not fit its examples and bytes")
-    if outside := [name for name in manifest.files if Path(name).is_absolute() or ".." in Path(name).parts]:
+    if outside := [n for n in manifest.files if "\0" in n or Path(n).is_absolute() or ".." in Path(n).parts]:
         raise ValueError(f"{outside[0]!r} does not lie in the folder")

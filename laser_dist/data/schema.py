@@ -13,6 +13,7 @@ from typing import Any
 
 from laser_dist.batch import Example, Passage
 from laser_dist.errors import UserError, suggest
+from laser_dist.reading import decode_json
 
 # Every field under its names, in the order above. FlagEmbedding's come from its fine-tuning guide, ReasonEmbed's from
 # what its training code reads (ReasonEmbed/training/custom_dataset.py in VectorSpaceLab/agentic-search).
@@ -82,15 +83,13 @@ def encode_example(example: Example) -> bytes:
 def decode_row(raw: bytes, where: str) -> Any:
     """The JSON value in `raw`; UserError names `where` and what is wrong with it."""
     try:
-        return json.loads(raw.decode("utf-8"))
+        return decode_json(raw)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}): one object per line") from None
-    except ValueError:  # Python refuses to read integers of thousands of digits
-        raise UserError(f"{where}: holds a number of more than 4300 digits: remove it") from None
-    except RecursionError:
-        raise UserError(f"{where}: JSON is nested too deeply for an example") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {error}: mend or remove the row") from None
 
 
 def passage_key(passage_id: str) -> int:

@@ -6,19 +6,19 @@ therefore come from the manifest, and are checked before a row is used.
 
 import io
 import re
+import tarfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
-from webdataset.tariterators import group_by_keys, tar_file_expander
-
 from laser_dist.batch import Example
-from laser_dist.data.manifest import AGAIN, MANIFEST, Manifest, Shard, Source, parse_manifest
+from laser_dist.data.manifest import AGAIN, LARGEST, MANIFEST, Manifest, Shard, Source, parse_manifest
 from laser_dist.data.preparation.partial import PartialSet
 from laser_dist.data.schema import encode_example
 from laser_dist.data.streaming.store import Store, open_store
 from laser_dist.errors import UserError
+from laser_dist.redaction import shown
 
 _OCTAL = re.compile(rb"[0-7]{11}")
 _BLOCK = 512  # bytes: tar headers are one, contents are filled up to a multiple
@@ -67,7 +67,7 @@ def load_manifest(folder: str | Path | Store, *, check_files: bool = True) -> Ma
     store = open_store(folder)
     place = store.locate(MANIFEST)
     try:
-        raw = store.read(MANIFEST)
+        raw = store.read(MANIFEST, LARGEST)
     except FileNotFoundError:
         raise UserError(f"{place} does not exist: this is not a complete set of shards; {AGAIN}") from None
     except OSError as error:
@@ -96,24 +96,43 @@ def read_members(folder: str | Path | Store, shard: Shard) -> list[tuple[str, by
     """
     store = open_store(folder)
     place = store.locate(shard.name)
-    again = "copy it again, or write the folder again with `laser-dist prepare --overwrite`"
-    content = store.read_verified(shard.name, shard.sha256)
-    if members := _members_at(content, shard.offsets):
-        return members
-    stream = {"url": shard.name, "stream": io.BytesIO(content)}
+    content = store.read_verified(shard)
+    members = _members_at(content, shard.offsets) or _scan(content, place)
+    if len(members) != shard.examples:
+        again = "copy it again, or write the folder again with `laser-dist prepare --overwrite`"
+        raise UserError(f"shard {place} holds {len(members)} examples, the manifest says {shard.examples}: {again}")
+    return members
+
+
+def _scan(content: bytes, place: str) -> list[tuple[str, bytes]]:
+    """The members in the order of the archive. Raises UserError for any that is not a plain .json file.
+
+    WebDataset's own reader unpacks gzip, bzip2 and xz wherever it finds them, fills the holes of sparse members, and
+    passes over links without a word: a small shard could take any amount of memory, or be short of rows.
+    """
+    members: dict[str, bytes] = {}
     try:
-        samples = list(group_by_keys(tar_file_expander([stream])))
-    except Exception as error:  # tarfile and zlib raise many kinds
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            for member in tar:
+                if reason := _refusal(member, members):
+                    raise UserError(f"shard {place}: {shown(member.name)} is refused: {reason}")
+                file = tar.extractfile(member)
+                members[member.name] = file.read() if file else b""
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+        again = "copy it again, or write the folder again with `laser-dist prepare --overwrite`"
         raise UserError(f"shard {place} is not a readable tar file ({error}): {again}") from None
-    for sample in samples:
-        key = sample["__key__"]
-        if other := sample.keys() - {"__key__", "__url__", "json"}:
-            raise UserError(f"shard {place}: {key}.{min(other)} is refused: only .json members are read")
-        if "/" in key:
-            raise UserError(f"shard {place}: {key}.json is refused: members lie in no folder")
-    if len(samples) != shard.examples:
-        raise UserError(f"shard {place} holds {len(samples)} examples, the manifest says {shard.examples}: {again}")
-    return [(f"{sample['__key__']}.json", sample["json"]) for sample in samples]
+    return list(members.items())
+
+
+def _refusal(member: tarfile.TarInfo, before: dict[str, bytes]) -> str:
+    """Why a member of an archive is not read; "" if it is."""
+    if not member.isreg() or member.issparse():
+        return "it is a link, a device, a folder or has holes; only plain files are read"
+    if "/" in member.name:
+        return "members lie in no folder"
+    if not member.name.endswith(".json") or member.name.count(".") != 1:
+        return "only .json members are read"
+    return "its name occurs twice" if member.name in before else ""
 
 
 def _members_at(content: bytes, offsets: Sequence[int]) -> list[tuple[str, bytes]]:

@@ -17,6 +17,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from laser_dist.batch import Example, PackedBatch, Passage, TokenSequence, pack
 from laser_dist.config import TextConfig
+from laser_dist.data.bounded import bounded
 from laser_dist.data.schema import content_key
 from laser_dist.errors import UserError
 
@@ -172,9 +173,21 @@ class TextFormat:
             bos = self.tokenizer.bos_token_id
             adds_bos = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
             return ([bos] if adds_bos else []), []
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        rendered = bounded(
+            lambda: str(
+                self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": _MARK}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    enable_thinking=False,
+                )
+            )
         )
+        if rendered is None:
+            raise UserError(
+                "the chat template fails, or takes more time or memory than a template does; "
+                "use --text.chat-template never"
+            )
         if rendered.count(_MARK) != 1:
             raise UserError("the chat template does not hold the content exactly once; use --text.chat-template never")
         head, tail = rendered.split(_MARK)

@@ -15,7 +15,6 @@ and keep nothing. What was written of the checkpoint is removed; those before it
 """
 
 import contextlib
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,7 +37,9 @@ from laser_dist.distributed.weights import save_model
 from laser_dist.errors import UserError
 from laser_dist.files import rename_over, replacing, sync_folder, write_json
 from laser_dist.identity import Settings, require_same
+from laser_dist.reading import read_object
 from laser_dist.retrieval.card import RetrieverCard
+from laser_dist.run_folder import pointed
 
 
 @dataclass(frozen=True)
@@ -232,12 +233,16 @@ class CheckpointStore:
 
     def _pointed(self, name: str) -> str | None:
         path = self.folder / name
-        return path.read_text().strip() if path.is_file() else None
+        return pointed(path) if path.is_file() else None
 
 
 def read_state(checkpoint: Path) -> TrainerState:
     try:
-        return TrainerState(**json.loads((checkpoint / STATE).read_text()))
+        state = TrainerState(**read_object(checkpoint / STATE))
+        counts = [state.step, state.world_size, state.stage, state.position or 0]
+        if not all(type(count) is int and count >= 0 for count in counts) or not isinstance(state.fingerprint, str):
+            raise ValueError("its values are of the wrong kind")
+        return state
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{checkpoint} is not a checkpoint of laser_dist: {STATE}: {error}") from error
 

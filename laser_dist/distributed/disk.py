@@ -18,7 +18,7 @@ def checkpoint_bytes(engine: Engine) -> int:
     """
     total = 0
     lora = hasattr(engine.module.lm, "peft_config")
-    for parameter in engine.module.lm.parameters():
+    for parameter in engine.module.parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())
         if parameter.requires_grad or not lora:
             total += count * parameter.element_size()

@@ -1,13 +1,13 @@
 """manifest.json: size and SHA-256 of every file of a checkpoint, taken when it is on disk. Ranks share the work."""
 
 import hashlib
-import json
 import os
 import threading
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from laser_dist.files import sync_folder, write_json
+from laser_dist.reading import read_object
 
 FILE = "manifest.json"
 STATE = "trainer.json"
@@ -89,11 +89,14 @@ def verify(checkpoint: Path, part: int = 0, parts: int = 1, *, hashes: bool = Tr
 def _read(checkpoint: Path) -> dict[str, dict[str, Any]] | str:
     """File name -> bytes and sha256, or what is wrong with the manifest."""
     try:
-        files = json.loads((checkpoint / FILE).read_text(encoding="utf-8"))["files"]
-        found = {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
+        files = read_object(checkpoint / FILE)["files"]
+        found = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in files.items()}
+        if not all(type(entry["bytes"]) is int and isinstance(entry["sha256"], str) for entry in found.values()):
+            raise ValueError("an entry is no size and hash")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{FILE} is missing or broken ({error})"
-    if outside := [name for name in found if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]:
+    paths = {name: PurePosixPath(name) for name in found}
+    if outside := [name for name, path in paths.items() if "\0" in name or path.is_absolute() or ".." in path.parts]:
         return f"{FILE} names {outside[0]!r}, which is not in the checkpoint"
     return found if STATE in found else f"{FILE} does not name {STATE}"
 

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from laser_dist.errors import UserError
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -15,11 +18,16 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore_rng(path: Path, device: torch.device, otherwise: tuple[int, int, int]) -> None:
-    """As the file says; where there is none, seeded with `otherwise`."""
+    """As the file says; where there is none, seeded with `otherwise`. UserError if the file holds something else."""
     if not path.is_file():
         torch.manual_seed(int(np.random.SeedSequence(otherwise).generate_state(1, np.uint64)[0]))
         return
-    state = load_file(path)
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    try:
+        state = load_file(path)
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], device)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{path} is no generator's state ({error}); remove the checkpoint to use the one before"
+        ) from error

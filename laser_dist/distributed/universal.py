@@ -11,10 +11,11 @@ recipe has them: ZeRO-3 would give all parameter groups those of the first.
 
 import contextlib
 import io
+import re
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from deepspeed.checkpoint import ds_to_universal
 
 from laser_dist.distributed.collectives import barrier, gather_objects, rank, world_size
 from laser_dist.distributed.engine import Engine
-from laser_dist.distributed.pickles import safe_load, safe_pickles
+from laser_dist.distributed.pickles import check_archive, safe_load, safe_pickles
 from laser_dist.errors import UserError
 
 TAG = "deepspeed"
@@ -76,11 +77,7 @@ def _convert(source: Path, target: Path, groups: int) -> None:
     needed = 2 * sum(path.stat().st_size for path in files)  # slices, then what is merged from them
     if (free := shutil.disk_usage(source).free) < needed:
         raise UserError(f"it takes {needed / 1e9:.1f} GB beside the checkpoint, and {free / 1e9:.1f} GB are free")
-    for path in sorted(source.glob("*_model_states.pt")):
-        states = safe_load(str(path), map_location="cpu")
-        names = {name for shapes in states.get("param_shapes") or () for name in shapes}
-        _check_names(source, names | set(states.get("module") or ()))
-        del states
+    _check_names(source)
     target.mkdir(parents=True)
     arguments = Namespace(
         input_folder=str(source),
@@ -92,7 +89,7 @@ def _convert(source: Path, target: Path, groups: int) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with safe_pickles(), _slices_checked(source), contextlib.redirect_stdout(io.StringIO()):
+    with safe_pickles(), contextlib.redirect_stdout(io.StringIO()):
         ds_to_universal.main(arguments)
     model_states = min(target.glob("*_model_states.pt"))
     _make_stages_alike(target / "zero", groups)
@@ -104,27 +101,22 @@ def _convert(source: Path, target: Path, groups: int) -> None:
         torch.save(described, target / name)
 
 
-def _check_names(source: Path, names: Iterable[object]) -> None:
-    """DeepSpeed makes a folder of each parameter's name: one with .. or / in it would lie outside of the target."""
-    for name in names:
-        if not isinstance(name, str) or not name.strip(".") or set(name) & set("/\\\0"):
-            raise UserError(f"{source} holds a parameter called {name!r}, which no model has: it was tampered with")
+def _check_names(source: Path) -> None:
+    """UserError for parameters whose names lead out of the folder: the converter writes a folder for each."""
+    for path in sorted(source.glob("*.pt")):
+        check_archive(path)
+        names: set[Any] = set()
+        for table in _tables(safe_load(str(path), map_location="meta")):
+            names |= table.keys()
+        if bad := [name for name in names if not isinstance(name, str) or not re.fullmatch(r"\w[\w.]*", name)]:
+            raise UserError(f"{path} is refused: {str(bad[0])[:60]!r} is no parameter's name")
 
 
-@contextlib.contextmanager
-def _slices_checked(source: Path) -> Iterator[None]:
-    """Inside, the names that each rank's optimizer file gives its slices are checked as they come."""
-    dump = ds_to_universal.dump_param_fragment
-
-    def checked(folder: str, tp: int, dp: int, state: str, tensor: Any, name: str, *place: Any) -> None:
-        _check_names(source, [name])
-        dump(folder, tp, dp, state, tensor, name, *place)
-
-    ds_to_universal.dump_param_fragment = checked
-    try:
-        yield
-    finally:
-        ds_to_universal.dump_param_fragment = dump
+def _tables(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Where DeepSpeed's files of any stage name parameters."""
+    optimizer = state.get("optimizer_state_dict") or {}
+    for found in (state.get("module"), state.get("param_shapes"), optimizer.get("param_slice_mappings")):
+        yield from (found if isinstance(found, list) else [found] if isinstance(found, dict) else [])
 
 
 def _make_stages_alike(zero: Path, groups: int) -> None:

@@ -13,13 +13,14 @@ from pathlib import Path
 from laser_dist.errors import UserError
 from laser_dist.launch.outcome import ATTEMPT
 from laser_dist.launch.processes import MARK
+from laser_dist.redaction import find_secret
 
 FORWARDED = (
     *("NCCL_", "TORCH_NCCL_", "GLOO_", "TORCH_DISTRIBUTED_", "TORCH_CPP_LOG_LEVEL", "CUDA_DEVICE_MAX_CONNECTIONS"),
     *("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "PYTORCH_", "TRITON_CACHE_DIR", "LASER_KERNELS", "DS_ACCELERATOR"),
     *("HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "WDS_SECURE"),
 )
-"""Names, or the beginnings of names, that ranks on other hosts get from this shell. None of them holds a secret."""
+"""Names, or the beginnings of names, that ranks on other hosts get from this shell, unless they hold a secret."""
 
 
 def for_attempt(run: Path, attempt: int) -> dict[str, str]:
@@ -31,7 +32,11 @@ def write_environment(path: Path, extra: dict[str, str], own_bin: Path, *, launc
     """A `.deepspeed_env` for the hosts: the user's own, this shell's, `own_bin` first on the path, and `extra`."""
     lines = dict(_own())
     # srun hands everything over by itself, and would cut values at their commas.
-    forwarded = {} if launcher == "slurm" else {n: v for n, v in os.environ.items() if n.startswith(FORWARDED)}
+    forwarded = (
+        {}
+        if launcher == "slurm"
+        else {n: v for n, v in os.environ.items() if n.startswith(FORWARDED) and not find_secret(v)}
+    )
     if launcher == "pdsh":  # the only one whose values pass through a shell
         lines = {**{name: _escaped(value) for name, value in forwarded.items()}, **lines}
         lines.setdefault("PATH", f"{_escaped(str(own_bin))}:$PATH")

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import math
 import platform
 import shutil
 import socket
@@ -13,6 +14,7 @@ from typing import Any
 
 from laser_dist.config import ModelConfig, RunConfig
 from laser_dist.data.streaming.sets import TrainingData
+from laser_dist.reading import decode_json
 
 PACKAGES = (
     "torch",
@@ -24,6 +26,8 @@ PACKAGES = (
     "nvidia-nccl-cu12",
     "nvidia-nccl-cu13",
 )
+LARGEST_HEADER = 100_000_000
+"""Bytes; safetensors itself reads no longer ones."""
 ADAM_BYTES = 16
 """Bytes of a checkpoint per trained parameter: at most 4 of weights in model/, 4 of master weights, 8 of Adam's."""
 
@@ -96,13 +100,14 @@ def parameters(config: ModelConfig) -> int | None:
     total = 0
     for path in files:
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for length in tensor["shape"]:
-                    size *= length
-                total += size
+            length = int.from_bytes(file.read(8), "little")
+            if length > LARGEST_HEADER:
+                return None
+            try:
+                header = decode_json(file.read(length))
+                total += sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+            except (ValueError, KeyError, TypeError, AttributeError):  # loading says what is wrong with it
+                return None
     return total or None
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from laser_dist.errors import UserError
 from laser_dist.launch import processes
+from laser_dist.reading import read_file
 
 DEFAULT_HOSTFILE = Path("/job/hostfile")
 """Read by DeepSpeed when it exists and no other is named."""
@@ -29,13 +30,17 @@ def read_hostfile(path: Path) -> dict[str, list[int]]:
     """`name slots=N` per line -> host -> its slots, in order. UserError with the line that is wrong."""
     if not path.is_file():
         raise UserError(f"--hostfile {path}: no such file; write a line `name slots=8` for each host")
+    try:
+        lines = read_file(path).decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--hostfile {path}: cannot be read as UTF-8 text ({error})") from None
     hosts: dict[str, list[int]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
         match = re.fullmatch(r"(\S+)\s+slots=(\d+)(\s*#.*)?", line)
-        if not match or not int(match[2]):
+        if not match or len(match[2]) > 6 or not int(match[2]):
             raise UserError(f"{path}:{number}: {line!r} is not `name slots=N` with N of 1 or more")
         if match[1] in hosts:
             raise UserError(f"{path}:{number}: {match[1]} appears twice; give it all its slots in one line")

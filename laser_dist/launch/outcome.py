@@ -15,6 +15,7 @@ from pathlib import Path
 
 from laser_dist.errors import UserError
 from laser_dist.files import write_json
+from laser_dist.redaction import shown
 from laser_dist.run_folder import latest_checkpoint
 from laser_dist.watch.verdict import Verdict
 from laser_dist.watch.watchdog import Watchdog
@@ -88,11 +89,11 @@ def reported(output: str | Path, watchdog: Watchdog | None = None) -> Iterator[O
     except BaseException as error:
         code = 2 if isinstance(error, UserError) else 1
         first = next(iter(str(error).strip().splitlines()), "")
-        reason = first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+        reason = shown(first if isinstance(error, UserError) else f"{type(error).__name__}: {first}")
         if watchdog and watchdog.active:
-            shown = isinstance(error, Exception) and not isinstance(error, UserError)
-            watchdog.fail(error, code, reason, shown=shown)
-            if shown:
+            unexpected = isinstance(error, Exception) and not isinstance(error, UserError)
+            watchdog.fail(error, code, reason, shown=unexpected)
+            if unexpected:
                 watchdog.leave(code, reason)
         leave(code, reason)
         raise

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -17,6 +16,7 @@ from laser_dist.config import ModelConfig
 from laser_dist.errors import UserError
 from laser_dist.model.attention import NAME as PACKED_ATTENTION
 from laser_dist.model.varlen import choose_attention, head_size
+from laser_dist.model.weight_files import check_weights
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -45,6 +45,8 @@ def load_backbone(config: ModelConfig, ds_config: dict[str, Any] | None = None) 
     """
     hf_config = _load(AutoConfig, config, "config")
     _check_config(hf_config, config)
+    if (folder := Path(config.name).expanduser()).is_dir():
+        check_weights(folder, hf_config)
     if config.layers is not None:
         _truncate(hf_config, config.layers)
     _import_modelling_code(hf_config)
@@ -116,13 +118,15 @@ def _load(factory: Any, model: ModelConfig, what: str, **arguments: object) -> A
             trust_remote_code=model.trust_remote_code,
             **arguments,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # damaged, foreign and hostile files raise many kinds
         if PACKED_ATTENTION in str(error):
             raise UserError(
                 f"model.name = {model.name!r}: ignores transformers' attention registry, which latent thinking needs; "
                 "use a decoder that honours attn_implementation (Qwen3, Llama, Mistral, ...)"
             ) from error
-        reason = str(error).strip().splitlines()
+        reason = [line[:300] for line in str(error).strip().splitlines()]
         raise UserError(
             f"model.name = {model.name!r}: cannot load its {what}: {reason[0] if reason else error!r} "
             "(a hub id needs network access or a cached copy; a folder needs config.json, tokenizer and safetensors)"

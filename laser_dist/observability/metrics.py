@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from laser_dist.config import RunConfig, to_toml
 from laser_dist.files import replacing
 from laser_dist.objective.alignment import TERMS
+from laser_dist.reading import decode_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,7 +153,7 @@ class MetricsLog:
         kept = []
         for line in self.file.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):  # a crash can cut the last line off
-                if json.loads(line)["step"] <= step:
+                if decode_json(line)["step"] <= step:
                     kept.append(line + "\n")
         with replacing(self.file) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")

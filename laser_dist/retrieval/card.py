@@ -5,12 +5,15 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from laser_dist.config import RunConfig, TextConfig, ThinkingConfig
+from laser_dist.config import RunConfig, TextConfig, ThinkingConfig, section_from_table
 from laser_dist.errors import UserError
+from laser_dist.reading import read_json, read_object
 
 FILE = "laser_dist.json"
 FORMAT_VERSION = 1
+_LARGEST_TOKENIZER = 128 * 2**20  # bytes; large vocabularies with their merges take a quarter of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class RetrieverCard:
         if not path.is_file():
             return cls()
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_object(path)
             if data.pop("format_version") != FORMAT_VERSION:
                 raise UserError(f"another format version than {FORMAT_VERSION}; update laser_dist")
             if (saved := data.pop("tokenizer", None)) is not None and saved != (found := _tokenizer_hash(folder)):
@@ -64,22 +67,28 @@ class RetrieverCard:
                     f"{str(found)[:12]}, not {str(saved)[:12]}): copy the folder's tokenizer files again from where "
                     "the weights came from"
                 )
-            return cls(thinking=ThinkingConfig(**data.pop("thinking")), text=TextConfig(**data.pop("text")), **data)
+            # A folder may be anybody's: every value has the type and the range that a recipe's would need.
+            thinking = section_from_table(ThinkingConfig, data.pop("thinking"), "thinking")
+            text = section_from_table(TextConfig, data.pop("text"), "text")
+            return section_from_table(cls, data, "", thinking=thinking, text=text)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is broken ({error}); copy it again from the checkpoint or export") from error
 
 
 def _tokenizer_hash(folder: Path) -> str | None:
     """Of the folder's tokenizer.json, however the file is laid out; None where there is none."""
     path = folder / "tokenizer.json"
-    return tokenizer_hash(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return _hash_of(read_json(path, _LARGEST_TOKENIZER)) if path.is_file() else None
 
 
 def tokenizer_hash(serialised: str) -> str:
     """SHA-256 of what maps text to ids in a tokenizer, given as the JSON of tokenizer.json."""
-    stored = json.loads(serialised)
+    return _hash_of(json.loads(serialised))
+
+
+def _hash_of(stored: dict[str, Any]) -> str:
     vocabulary = stored["model"].get("vocab", {})
     added = sorted((token["id"], token["content"]) for token in stored.get("added_tokens", []))
     return hashlib.sha256(json.dumps([vocabulary, added], sort_keys=True).encode()).hexdigest()

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from laser_dist.errors import UserError
+from laser_dist.reading import LONGEST_ROW, decode_json
+
+_LARGEST_GRADE = 1_000_000  # trec_eval reads 64-bit integers, and adds them up
 
 Qrels = dict[str, dict[str, int]]
 """query id -> passage id -> grade; a grade above 0 means relevant."""
@@ -107,8 +110,10 @@ def read_qrels(path: str | Path) -> Qrels:
             value = int(grade)
         except ValueError:
             raise UserError(
-                f"{where}: score {grade!r} is not a whole number: write 1 for relevant, 0 for not"
+                f"{where}: score {grade[:40]!r} is not a whole number: write 1 for relevant, 0 for not"
             ) from None
+        if abs(value) > _LARGEST_GRADE:
+            raise UserError(f"{where}: score {value} is beyond {_LARGEST_GRADE}: write 1 for relevant, 0 for not")
         if qrels.setdefault(query, {}).setdefault(passage, value) != value:
             raise UserError(f"{where}: score of {query!r}, {passage!r} contradicts an earlier line: keep one of them")
     if not qrels:
@@ -172,11 +177,21 @@ def _first_file(*paths: Path) -> Path | None:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """("file:line", text) of every line that is not blank."""
+    for number, (_, raw) in enumerate(raw_lines(path), start=1):
+        if line := decode_line(f"{path}:{number}", raw, first=number == 1):
+            yield f"{path}:{number}", line
+
+
+def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of every line. Raises UserError, also for a line that no text is as long as."""
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if line := decode_line(f"{path}:{number}", raw, first=number == 1):
-                    yield f"{path}:{number}", line
+            offset = 0
+            for number, raw in enumerate(iter(lambda: file.readline(LONGEST_ROW + 1), b""), start=1):
+                if len(raw) > LONGEST_ROW:
+                    raise UserError(f"{path}:{number}: the line is longer than {LONGEST_ROW >> 20} MiB: shorten it")
+                yield offset, raw
+                offset += len(raw)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): check the path") from None
 
@@ -206,7 +221,9 @@ def decode_line(where: str, raw: bytes, *, first: bool) -> str:
 def parse_row(where: str, line: str) -> tuple[dict[str, Any], str]:
     """A line of JSONL as (row, id). Raises UserError, which says `where`."""
     try:
-        row = json.loads(line)
+        row = decode_json(line)
+        if "\\u" in line:  # half of a surrogate pair, which no tokenizer and no file takes
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}): write one JSON object per line") from None
     if not isinstance(row, dict):

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from laser_dist.config import ModelConfig
 from laser_dist.errors import UserError
 from laser_dist.model.backbone import load_backbone, load_tokenizer
+from laser_dist.reading import read_object
 from laser_dist.retrieval.card import RetrieverCard
 from laser_dist.run_folder import latest_checkpoint
 
@@ -70,26 +72,43 @@ def _load_adapted(folder: str, card: RetrieverCard, dtype: str, layers: int | No
 
     if not card.backbone:
         raise UserError(f"{folder}: holds adapters, and no laser_dist.json that names their backbone; copy it here")
+    _check_adapter_files(folder)
     kept = card.layers if layers is None else layers
     config = ModelConfig(name=card.backbone, revision=card.revision, layers=kept, dtype=dtype)  # type: ignore[arg-type]
     backbone = load_backbone(config)
     try:
         adapted = PeftModel.from_pretrained(backbone, folder)
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # PEFT raises many kinds
         raise UserError(f"{folder}: these adapters do not fit the backbone {card.backbone!r}: {error}") from error
     _check_adapters(adapted, folder, card.backbone)
     return adapted.merge_and_unload()
 
 
+def _check_adapter_files(folder: str) -> None:
+    """UserError for what PEFT would take on trust: pickles, patterns that never end, ranks that fill the memory."""
+    settings, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{folder}: adapter_model.safetensors is missing")
+    try:
+        table = read_object(settings)
+        with safe_open(weights, "pt") as file:
+            ranks = [file.get_slice(key).get_shape()[0] for key in file.keys() if "lora_A" in key]
+    except (OSError, ValueError, SafetensorError, IndexError) as error:
+        raise UserError(f"{folder}: its adapters cannot be read ({error}); copy them again") from error
+    patterns = [table.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    if table.get("peft_type") != "LORA" or any(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"{settings}: only LoRA with lists of layers is read, no other adapters and no patterns")
+    if table.get("rank_pattern") or table.get("alpha_pattern"):
+        raise UserError(f"{settings}: adapters of several ranks are not read")
+    if set(ranks) != {table.get("r")}:
+        raise UserError(f"{settings}: r = {table.get('r')!r}, but the weights have the ranks {sorted(set(ranks))[:3]}")
+
+
 def _check_adapters(adapted: Any, folder: str, backbone: str) -> None:
     # PEFT skips adapters that it has no layer for, and lets layers be that it has no adapters for.
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
 
-    path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file():
-        raise UserError(f"{folder}: adapter_model.safetensors is missing")
-    with safe_open(path, "pt") as file:
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
         stored = {key for key in file.keys() if "lora_" in key}
     expected = {key for key in get_peft_model_state_dict(adapted, save_embedding_layers=False) if "lora_" in key}
     if stored != expected:

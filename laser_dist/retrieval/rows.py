@@ -18,7 +18,8 @@ import numpy as np
 
 from laser_dist.errors import UserError
 from laser_dist.files import write_json
-from laser_dist.retrieval.collection import decode_line, parse_row, passage_of, query_of
+from laser_dist.reading import decode_json, read_object
+from laser_dist.retrieval.collection import decode_line, parse_row, passage_of, query_of, raw_lines
 
 What = Literal["passages", "queries"]
 IDS, ID_OFFSETS = "ids.jsonl", "ids.offsets"
@@ -49,11 +50,19 @@ class Ids(Sequence[str]):
             return [self[i] for i in range(*key.indices(len(self)))]
         row = range(len(self))[key]
         start, end = self._offsets[row : row + 2].tolist()
-        return json.loads(self._bytes[start:end].tobytes())
+        return self._id(self._bytes[start:end].tobytes())
 
     def __iter__(self) -> Iterator[str]:
-        with self._path.open("rb") as file:
-            yield from map(json.loads, file)
+        return (self._id(line) for _, line in raw_lines(self._path))
+
+    def _id(self, line: bytes) -> str:
+        try:
+            value = decode_json(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, str):
+            raise UserError(f"{self._path}: {line[:40]!r} is no id: encode again with --overwrite")
+        return value
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -121,7 +130,10 @@ def index_rows(path: Path, folder: Path, what: What) -> RowIndex:
 
 def open_index(folder: Path) -> RowIndex:
     """The index that `index_rows` has left."""
-    return RowIndex(**json.loads((folder / _INDEX).read_text(encoding="utf-8")))
+    try:
+        return RowIndex(**read_object(folder / _INDEX))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder / _INDEX} is damaged ({error}): encode again with --overwrite") from None
 
 
 def _kept(path: Path, folder: Path, what: What) -> RowIndex | None:
@@ -139,7 +151,10 @@ def _scan(path: Path, folder: Path, what: What) -> tuple[int, str]:
     from rich.progress import track
 
     digest, columns = hashlib.sha256(), _COLUMNS[what]
-    hashes, lines = array("q"), track(_lines(path), "check", console=Console(stderr=True), total=None, transient=True)
+    hashes, lines = (
+        array("q"),
+        track(raw_lines(path), "check", console=Console(stderr=True), total=None, transient=True),
+    )
     with (
         (folder / _ROW_OFFSETS).open("wb") as row_offsets,
         (folder / ID_OFFSETS).open("wb") as id_offsets,
@@ -165,23 +180,12 @@ def _scan(path: Path, folder: Path, what: What) -> tuple[int, str]:
     return len(hashes), digest.hexdigest()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with path.open("rb") as file:
-            offset = 0
-            for raw in file:
-                yield offset, raw
-                offset += len(raw)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): check the path") from None
-
-
 def _check_unique(path: Path, hashes: array) -> None:
     """UserError for the first id that an earlier line has; ids are compared where their 64-bit hashes are equal."""
     ordered = np.sort(np.frombuffer(hashes, np.int64))
     twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     seen: dict[str, str] = {}
-    for number, (_, raw) in enumerate(_lines(path) if twice else (), start=1):
+    for number, (_, raw) in enumerate(raw_lines(path) if twice else (), start=1):
         where = f"{path}:{number}"
         if line := decode_line(where, raw, first=number == 1):
             row_id = parse_row(where, line)[1]

@@ -8,7 +8,6 @@ says what is being made; done.bin has one byte per chunk of rows, 1 once the chu
 different chunks, each at its place, so nothing has to be merged.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ import numpy as np
 
 from laser_dist.errors import UserError
 from laser_dist.files import sync_folder, write_json
+from laser_dist.reading import read_object
 from laser_dist.retrieval.rows import ID_OFFSETS, IDS, Ids
 
 FORMAT = 2
@@ -38,7 +38,7 @@ def load_vectors(folder: str | Path) -> tuple[Ids, np.memmap]:
         state = "is not finished: give the same `laser-dist encode` command again to continue"
         raise UserError(f"{folder} {state if (folder / _PROGRESS).is_file() else 'is no folder of vectors'}")
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_object(folder / _MANIFEST)
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']}, this laser_dist reads {FORMAT}")
         ids, vectors = Ids(folder), np.load(folder / _VECTORS, mmap_mode="r", allow_pickle=False)
@@ -46,7 +46,7 @@ def load_vectors(folder: str | Path) -> tuple[Ids, np.memmap]:
         found = (list(vectors.shape), len(ids), vectors.dtype.name)
         if found != expected:
             raise ValueError(f"manifest says (shape, ids, dtype) = {expected}, files say {found}")
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, EOFError, ValueError, KeyError, IndexError, OverflowError, MemoryError, TypeError) as error:
         raise UserError(f"{folder} is damaged ({error}): encode again with --overwrite") from None
     return ids, vectors
 
@@ -60,7 +60,7 @@ def refuse_foreign(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another folder")
     try:
-        manifest = json.loads((out / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_object(out / _MANIFEST)
     except (OSError, ValueError):
         return
     if manifest and "encoder" not in manifest:
@@ -148,7 +148,10 @@ class Unfinished:
         shutil.rmtree(self.folder / INDEX)
 
     def _check_same(self) -> None:
-        before = json.loads((self.folder / _PROGRESS).read_text(encoding="utf-8"))
+        try:
+            before = read_object(self.folder / _PROGRESS)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / _PROGRESS} is damaged ({error}): start anew with --overwrite") from None
         theirs, ours = _flat(before), _flat(self.identity)
         differing = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
         if differing:

@@ -33,15 +33,15 @@ def _before_ranks_meet(fault: dict) -> None:
     from laser_dist.observability.console import quiet_libraries
 
     quiet_libraries()
-    from laser_dist import trainer
+    from laser_dist.distributed import engine
 
-    original = trainer.init_distributed
+    original = engine.init_distributed
 
     def struck(timeout: float) -> Any:
         strike(fault)
         return original(timeout)
 
-    trainer.init_distributed = struck  # type: ignore[assignment]
+    engine.init_distributed = struck  # type: ignore[assignment]
 
 
 def _in_phase(fault: dict) -> None:

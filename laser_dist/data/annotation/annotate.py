@@ -4,7 +4,6 @@ The source is read three times: to check every row, to ask, and to write the res
 Every answer goes to `OUT.journal.jsonl` the moment it is there, and the same command continues from it.
 """
 
-import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from laser_dist.errors import UserError
+from laser_dist.reading import decode_json, read_object
 
 if TYPE_CHECKING:
     from laser_dist.batch import Example
@@ -94,7 +94,10 @@ class AnnotateConfig:
             raise UserError(f"--out {self.out}: give the name of a .jsonl file")
         if self.out.exists() and not self.journal.exists():
             raise UserError(f"--out {self.out} exists and was not made by annotate: choose another name")
-        made_from = json.loads(self.report.read_bytes()).get("source") if self.report.is_file() else None
+        try:
+            made_from = read_object(self.report).get("source") if self.report.is_file() else None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.report} is damaged ({error}): remove it, or choose another --out") from None
         if made_from not in (None, self.origin):
             raise UserError(f"--out {self.out} holds the rows of {made_from}: choose another name")
 
@@ -148,7 +151,7 @@ def _require_libraries() -> None:
 
 def _extra(config: AnnotateConfig) -> dict[str, Any]:
     try:
-        extra = json.loads(config.extra_body)
+        extra = decode_json(config.extra_body)
     except ValueError as error:
         raise UserError(
             f"--extra-body: not valid JSON ({error}): write an object such as '{{\"top_p\": 0.9}}'"

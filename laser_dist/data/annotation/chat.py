@@ -19,10 +19,12 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from laser_dist.errors import UserError
+from laser_dist.reading import decode_json
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds; doubled from one try to the next
 LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more has used up a quota, not lost its breath
 _RETRIED = {408, 409, 425, 429}  # and 5xx
+_LARGEST_ANSWER = 8 * 2**20  # bytes, unpacked; the longest answer of a model has some hundred thousand
 _SAID = 300  # characters of a server's message that are shown
 
 
@@ -130,7 +132,7 @@ class ChatClient:
             await asyncio.sleep(pause * random.uniform(1, 1.1))  # not all in the same moment again
         try:
             async with asyncio.timeout(self.timeout):
-                response = await self._http.post(self.url, json=body)
+                response, content = await self._post(body)
         except TimeoutError:
             raise _TryAgain("time-out", f"no answer in {self.timeout:g} s") from None
         except httpx2.ConnectError as error:
@@ -141,10 +143,22 @@ class ChatClient:
             raise _TryAgain("no connection") from None
         except httpx2.RequestError as error:  # cut short, malformed, wrongly compressed
             raise _TryAgain("cut short", type(error).__name__) from None
-        text = self._without_key(response.content.decode("utf-8", "replace"))
+        if content is None:
+            raise _TryAgain("endless answer", f"more than {_LARGEST_ANSWER >> 20} MiB")
+        text = self._without_key(content.decode("utf-8", "replace"))
         if response.status_code != 200:
             self._refuse(response.status_code, text, response.headers)
         return _answer(text)
+
+    async def _post(self, body: Mapping[str, Any]) -> tuple[Any, bytes | None]:
+        """The response and its content; None in its place where that does not end."""
+        content = bytearray()
+        async with self._http.stream("POST", self.url, json=body) as response:
+            async for part in response.aiter_bytes():
+                content += part
+                if len(content) > _LARGEST_ANSWER:
+                    return response, None
+        return response, bytes(content)
 
     def _without_key(self, text: str) -> str:
         if self._key:
@@ -212,7 +226,7 @@ def _retry_after(value: str | None) -> float | None:
 
 def _answer(text: str) -> Answer:
     try:
-        body = json.loads(text)
+        body = decode_json(text)
         choice, usage = body["choices"][0], body.get("usage") or {}
         content = choice["message"].get("content") or ""
         content.encode()  # half of a surrogate pair fits into no file
@@ -230,7 +244,7 @@ def _answer(text: str) -> Answer:
 def _message(text: str) -> str:
     """What a server says in an error's body, in one line."""
     try:
-        error = json.loads(text)["error"]
+        error = decode_json(text)["error"]
         text = error["message"] if isinstance(error, dict) else str(error)
     except (ValueError, KeyError, TypeError, RecursionError):
         pass

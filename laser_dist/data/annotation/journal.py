@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from laser_dist.errors import UserError
+from laser_dist.reading import LONGEST_ROW, decode_json
 
 _SYNC_SECONDS = 1.0
 
@@ -77,7 +78,9 @@ class Journal:
                 self._file.truncate(offset)
                 break
             try:
-                self._offsets[json.loads(line)["key"]] = offset
+                if len(line) > LONGEST_ROW:
+                    raise ValueError
+                self._offsets[decode_json(line)["key"]] = offset
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"{self.path}:{number}: damaged: remove this line, its row is then asked again"

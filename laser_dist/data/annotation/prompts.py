@@ -5,6 +5,7 @@ from string import Formatter
 
 from laser_dist.batch import Example
 from laser_dist.errors import UserError, suggest
+from laser_dist.reading import read_file
 
 # LaSER's three parts in our own words. The paragraphs matter: a blank line ends a segment, and segments are what the
 # latent steps are aligned with.
@@ -28,7 +29,7 @@ def load_prompt(path: Path | None) -> str:
     if path is None:
         return RATIONALE
     try:
-        template = path.read_text(encoding="utf-8")
+        template = read_file(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt {path}: cannot be read as UTF-8 text ({error})") from None
     check_prompt(template, f"--prompt {path}")

@@ -14,7 +14,10 @@ import numpy as np
 
 from laser_dist.batch import Example, Passage
 from laser_dist.errors import UserError
+from laser_dist.reading import read_json, read_object
 from laser_dist.retrieval.collection import Corpus
+
+_MODULES = ("Transformer", "Pooling", "Normalize", "Dense", "LaserModule")
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,10 @@ class SentenceTransformerEncoder:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise UserError("sentence-transformers models need: pip install 'laser-dist[st]'") from None
+        _check_modules(folder)
         try:
             self._model = SentenceTransformer(folder, device=device, trust_remote_code=False)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except Exception as error:  # it raises many kinds
             raise UserError(f"{folder}: sentence-transformers cannot load it: {error}") from error
         self.dim = self._model.get_embedding_dimension()
 
@@ -126,6 +130,24 @@ class SentenceTransformerEncoder:
     @staticmethod
     def _unit(vectors: Any) -> np.ndarray:
         return np.asarray(vectors, np.float32)
+
+
+def _check_modules(folder: str) -> None:
+    """UserError for a modules.json that names other classes than those of plain text encoders.
+
+    sentence-transformers imports whatever is named, from its own package at least, and some classes import on.
+    """
+    path = Path(folder) / "modules.json"
+    try:
+        named = [str(module["type"]) for module in read_json(path)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give a sentence-transformers folder") from None
+    for name in named:
+        package, _, kind = name.rpartition(".")
+        if package.split(".")[0] != "sentence_transformers" or kind not in _MODULES:
+            raise UserError(
+                f"{path} names {name[:80]!r}: only {', '.join(_MODULES)} of sentence_transformers are loaded"
+            )
 
 
 def encoder_folder(model: str) -> str:
@@ -162,7 +184,7 @@ def corpus_vectors(encoder: Any, folder: str, corpus: Path, out: Path) -> np.nda
         if not (out / "manifest.json").is_file():
             encode_corpus(encoder, corpus, out, weights=weights)
     ids, vectors = load_vectors(out)
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_object(out / "manifest.json")
     with corpus.open("rb") as file:
         expected = {
             "corpus": hashlib.file_digest(file, "sha256").hexdigest(),

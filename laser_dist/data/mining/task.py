@@ -29,6 +29,7 @@ from laser_dist.data.sources.read import read_examples, read_source
 from laser_dist.errors import UserError
 from laser_dist.files import replacing, write_json
 from laser_dist.observability.console import quiet_libraries
+from laser_dist.reading import read_object
 from laser_dist.retrieval.collection import Corpus, read_corpus, read_qrels
 from laser_dist.retrieval.encode import weights_hash
 
@@ -159,7 +160,10 @@ def _hash_corpus(corpus: Corpus) -> str:
 def _claim(task: Task) -> None:
     """Open the work folder, or make it; UserError if it holds work on something else."""
     config, file = task.config, task.config.work / "run.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        before = read_object(file) if file.is_file() else None
+    except (OSError, ValueError) as error:
+        before = {"damaged": str(error)}
     if before is not None and before != task.identity:
         different = sorted(name for name, value in task.identity.items() if before.get(name) != value)
         if not config.overwrite:

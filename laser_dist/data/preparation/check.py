@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from laser_dist.data.manifest import MANIFEST, Manifest, Shard, parse_manifest
+from laser_dist.data.manifest import LARGEST, MANIFEST, Manifest, Shard, parse_manifest
 from laser_dist.data.preparation.console import Bar
 from laser_dist.data.preparation.convert import query_id_key
 from laser_dist.data.preparation.keyset import KeySet
@@ -17,6 +17,9 @@ from laser_dist.data.preparation.lengths import Lengths, measure
 from laser_dist.data.preparation.parallel import ordered_map
 from laser_dist.data.schema import decode_example
 from laser_dist.errors import UserError
+from laser_dist.reading import read_file
+
+_MOST_TOO_LONG = 64 * 2**20  # bytes that a file may have too many, and its members still be looked at
 
 
 class Verified(NamedTuple):
@@ -32,7 +35,7 @@ def check_folder(folder: Path, workers: int) -> int:
     """Print every defect; 0 if there is none, 1 otherwise. UserError if there is no manifest to check against."""
     path = Path(folder) / MANIFEST
     try:
-        manifest = parse_manifest(path.read_bytes(), path)
+        manifest = parse_manifest(read_file(path, LARGEST), path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {folder} holds no complete set of shards") from None
     defects, bad, total, without, lengths, seen = [], 0, 0, 0, Lengths(), KeySet()
@@ -65,7 +68,7 @@ def verify_shard(folder: Path, task: tuple[Shard, int]) -> Verified:
     shard, first = task
     found = Verified([], array("Q"), 0, Lengths())
     try:
-        content = (folder / shard.name).read_bytes()
+        content = read_file(folder / shard.name, shard.bytes + _MOST_TOO_LONG)
     except OSError as error:
         found.defects.append(f"{shard.name}: cannot be read ({error.strerror})")
         return found
@@ -102,7 +105,7 @@ def _members(content: bytes, name: str, defects: list[str]) -> list[tuple[int, s
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             for member in tar:
-                file = tar.extractfile(member) if member.isreg() else None
+                file = tar.extractfile(member) if member.isreg() and not member.issparse() else None
                 text = file.read() if file else b""
                 if file is None or len(text) != member.size:
                     defects.append(f"{name}: {member.name}: is cut off, or no plain file")

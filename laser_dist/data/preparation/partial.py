@@ -131,7 +131,7 @@ class PartialSet:
             for line in file:
                 try:
                     entry = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
+                except (ValueError, RecursionError):
                     entry = None
                 if not isinstance(entry, dict) or (self.header and not self._take(entry)):
                     break

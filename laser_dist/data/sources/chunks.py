@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from laser_dist.data.schema import decode_row
 from laser_dist.errors import UserError
+from laser_dist.reading import LONGEST_ROW
 
 if TYPE_CHECKING:
     import pyarrow
 
 ROWS = 256  # of a chunk
-MAX_LINE = 64 * 2**20  # bytes; what is longer is no row but a file without line breaks
+MAX_LINE = LONGEST_ROW  # bytes; what is longer is no row but a file without line breaks
+_MOST_UNPACKED, _FREE = 200, 4 * 2**20  # times a file's size that are unpacked of it, and bytes that always are
+_PARQUET_ROWS = 16  # decoded at once: a column may hold one long text in a million rows, and take no space for it
 _BYTES = 4 * 2**20  # of a chunk, about
 
 
@@ -57,7 +60,7 @@ def line_chunks(path: Path) -> Iterator[_Piece]:
     try:
         with path.open("rb") as raw:
             size = max(1, path.stat().st_size)
-            for first, lines in grouped(_lines(_decompressed(raw, path)), 1):
+            for first, lines in grouped(_lines(_decompressed(raw, path), raw, path), 1):
                 # A decompressor closes the file at its end.
                 yield first, lines, len(lines), 1.0 if raw.closed else min(1.0, raw.tell() / size)
     except OSError as error:
@@ -73,12 +76,21 @@ def _decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedIOBase:
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, codec), 2**20)
 
 
-def _lines(stream: io.BufferedIOBase) -> Iterator[bytes]:
+def _lines(stream: io.BufferedIOBase, raw: io.BufferedReader, path: Path) -> Iterator[bytes]:
     # Bytes, so that only \n ends a line (a text may hold U+2028) and a wrong encoding is named with its line.
+    unpacked, packed = 0, 0
     while line := stream.readline(MAX_LINE + 1):
         yield line
         while len(line) > MAX_LINE and not line.endswith(b"\n"):
+            unpacked += len(line)
             line = stream.readline(MAX_LINE + 1)
+        unpacked += len(line)
+        packed = packed if raw.closed else max(packed, raw.tell())  # a decompressor closes the file at its end
+        if unpacked > max(_FREE, _MOST_UNPACKED * packed):
+            raise UserError(
+                f"source {path}: unpacks to more than {_MOST_UNPACKED} times its size, as no text does: unpack it "
+                "yourself if it is what you want"
+            )
 
 
 def parquet_chunks(path: Path) -> Iterator[_Piece]:
@@ -88,12 +100,26 @@ def parquet_chunks(path: Path) -> Iterator[_Piece]:
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             rows, total = 0, max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=ROWS, use_threads=False):
-                count = batch.num_rows
-                yield rows + 1, batch, count, (rows + count) / total
+            for table in _tables(file.iter_batches(batch_size=_PARQUET_ROWS, use_threads=False)):
+                count = table.num_rows
+                yield rows + 1, table, count, (rows + count) / total
                 rows += count
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"source {path} cannot be read as Parquet: {error}; download or write it again") from error
+
+
+def _tables(batches: "Iterable[pyarrow.RecordBatch]") -> "Iterator[pyarrow.Table]":
+    """Batches put together to groups of bounded number and size."""
+    import pyarrow
+
+    group: list[Any] = []
+    for batch in batches:
+        group.append(batch)
+        if sum(len(b) for b in group) >= ROWS or sum(b.nbytes for b in group) >= _BYTES:
+            yield pyarrow.Table.from_batches(group)
+            group = []
+    if group:
+        yield pyarrow.Table.from_batches(group)
 
 
 def grouped(rows: Iterable[Any], first: int) -> Iterator[tuple[int, list[Any]]]:

@@ -10,6 +10,7 @@ from typing import Any
 from laser_dist.data.sources.chunks import ROWS, Chunk, grouped, to_arrow
 from laser_dist.data.sources.read import FORMS, card_licence, hash_files
 from laser_dist.errors import UserError
+from laser_dist.reading import is_file_name, read_object
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Saved:
     def _dataset(self) -> Any:
         import datasets
 
+        self._check_files()
         try:
             dataset = datasets.load_from_disk(str(self.path))
         except Exception as error:  # a damaged folder raises many kinds
@@ -35,6 +37,16 @@ class Saved:
                 )
             dataset = dataset["train"]
         return dataset
+
+    def _check_files(self) -> None:
+        """UserError where a state.json names a file outside the folder, which load_from_disk would read."""
+        for path in sorted(self.path.rglob("state.json")):
+            try:
+                named = [file["filename"] for file in read_object(path)["_data_files"]]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} cannot be read ({error}): save the data set again") from None
+            if outside := [name for name in named if not is_file_name(name)]:
+                raise UserError(f"{path} names {outside[0]!r}, which does not lie in its folder: save the set again")
 
     def chunks(self, skip: int = 0) -> Iterator[Chunk]:
         dataset = self._dataset.with_format("arrow")

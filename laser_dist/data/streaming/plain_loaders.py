@@ -3,7 +3,7 @@
 They shuffle as their libraries recommend, check nothing, cannot resume, and depend on the number of workers.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,14 @@ def webdataset_batches(shards: Sequence[Path], pack: Pack, *, queries: int, work
     dataset = webdataset.WebDataset([str(path) for path in shards], shardshuffle=len(shards), empty_check=False)
     dataset = dataset.shuffle(BUFFER).map(decode).batched(queries, collation_fn=pack, partial=True)
     return DataLoader(dataset, batch_size=None, num_workers=workers)
+
+
+def webdataset_rows(shards: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    """(name of the member, its bytes) of every row, as WebDataset reads them; nothing is decoded."""
+    import webdataset
+
+    for sample in webdataset.WebDataset([str(path) for path in shards], shardshuffle=False, empty_check=False):
+        yield f"{sample['__key__']}.json", sample.get("json", b"")
 
 
 def datasets_batches(shards: Sequence[Path], pack: Pack, *, queries: int, workers: int) -> Iterable[PackedBatch]:

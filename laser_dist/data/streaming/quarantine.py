@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from laser_dist.errors import UserError
+from laser_dist.reading import decode_json
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Quarantine:
         """Take over the defects that an earlier part of the run reported; a line cut off by a crash is none."""
         for line in lines:
             try:
-                row = json.loads(line)
+                row = decode_json(line)
                 defect = Defect(row["shard"], row["member"], row["reason"], int(row["examples"]))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue
             self._known[defect.shard, defect.member] = defect

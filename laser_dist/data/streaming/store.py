@@ -18,7 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
+from laser_dist.data.manifest import Shard
+from laser_dist.data.streaming.redirects import Redirected, guarded
 from laser_dist.errors import UserError
+from laser_dist.reading import read_file
+from laser_dist.redaction import check_address
 
 if TYPE_CHECKING:
     from fsspec.callbacks import Callback
@@ -42,28 +46,15 @@ class Store(Protocol):
     def size(self, name: str) -> int | None:
         """Bytes of a file, None if asking would cost a request. Raises FileNotFoundError."""
 
-    def read(self, name: str) -> bytes:
-        """A small file, whatever is in it. Raises OSError (a folder) or UserError (an address)."""
+    def read(self, name: str, limit: int) -> bytes:
+        """A file of at most `limit` bytes, whatever is in it. Raises OSError (a folder) or UserError (an address)."""
 
-    def read_verified(self, name: str, sha256: str) -> bytes:
-        """A file whose content has this hash. Raises UserError."""
+    def read_verified(self, shard: Shard) -> bytes:
+        """A shard that has the size and the hash that the manifest says. Raises UserError."""
 
 
 def is_remote(place: str | Path) -> bool:
     return "://" in str(place)
-
-
-def check_address(url: str) -> None:
-    """UserError unless `url` is of a kind that is read, and may stand in configs and logs."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https", "s3"):
-        raise UserError(f"{parts.scheme}://...: shards are read from folders, http(s):// and s3:// only")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise UserError(
-            f"{parts.scheme}://{parts.hostname or ''}{parts.path} comes with a password, a query or a fragment, which "
-            "configs and logs would show: leave it out; credentials are read from ~/.netrc (HTTP) or from AWS_*, "
-            "~/.aws and FSSPEC_S3_* (S3)"
-        )
 
 
 def default_cache() -> Path:
@@ -101,17 +92,18 @@ class LocalStore:
     def size(self, name: str) -> int:
         return (self.folder / name).stat().st_size
 
-    def read(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
+    def read(self, name: str, limit: int) -> bytes:
+        return read_file(self.folder / name, limit)
 
-    def read_verified(self, name: str, sha256: str) -> bytes:
-        path = self.folder / name
+    def read_verified(self, shard: Shard) -> bytes:
+        path = self.folder / shard.name
         again = "copy it again, or write the folder again with `laser-dist prepare --overwrite`"
         try:
-            content = path.read_bytes()
+            content = read_file(path, shard.bytes)
         except OSError as error:
-            raise UserError(f"shard {path} cannot be read ({error.strerror}): {again}") from None
-        if not _matches(content, sha256):
+            kind = "is damaged" if error.errno == errno.EFBIG else "cannot be read"
+            raise UserError(f"shard {path} {kind} ({error.strerror}): {again}") from None
+        if not _matches(content, shard.sha256):
             raise UserError(f"shard {path} is damaged: its sha256 differs from the manifest's; {again}")
         return content
 
@@ -132,12 +124,13 @@ class RemoteStore:
     def size(self, name: str) -> None:
         return None
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int) -> bytes:
         with self._cache_errors():
             self.options.cache.mkdir(parents=True, exist_ok=True)
-            return self._download(name, self.options.cache / f".{name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+            return self._download(name, self.options.cache / f".{name}.{os.getpid()}.{time.monotonic_ns()}.tmp", limit)
 
-    def read_verified(self, name: str, sha256: str) -> bytes:
+    def read_verified(self, shard: Shard) -> bytes:
+        sha256 = shard.sha256
         copy = self.options.cache / f"{sha256}.tar"
         with self._cache_errors():
             if (content := _read_copy(copy, sha256)) is not None:
@@ -151,7 +144,7 @@ class RemoteStore:
                     raise UserError(failure.read_text(encoding="utf-8"))
                 temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
                 try:
-                    content = self._download(name, temporary, sha256)
+                    content = self._download(shard.name, temporary, shard.bytes, sha256)
                     temporary.replace(copy)  # not synced to disk first: a copy is verified whenever it is read
                 except UserError as error:
                     failure.write_text(str(error), encoding="utf-8")
@@ -162,13 +155,16 @@ class RemoteStore:
             self._evict(copy)
         return content
 
-    def _download(self, name: str, temporary: Path, sha256: str = "") -> bytes:
-        """The content of a file by way of `temporary`, after as many attempts as needed and allowed."""
+    def _download(self, name: str, temporary: Path, limit: int, sha256: str = "") -> bytes:
+        """The content of a file by way of `temporary`, after as many attempts as needed and allowed.
+
+        An answer of more than `limit` bytes is cut off: a server may send without end.
+        """
         url, options = self.locate(name), self.options
         for attempt in range(1, options.attempts + 1):
             temporary.touch()  # a cache that cannot be written is no fault of the server
             try:
-                self._filesystem().get_file(url, str(temporary), callback=_watch(options.timeout))
+                self._filesystem().get_file(url, str(temporary), callback=_watch(options.timeout, limit))
                 content = temporary.read_bytes()
                 if not sha256 or _matches(content, sha256):
                     return content
@@ -206,7 +202,7 @@ class RemoteStore:
         from aiohttp import ClientTimeout
 
         limits = {"timeout": ClientTimeout(total=None, connect=seconds, sock_connect=seconds, sock_read=seconds)}
-        return fsspec.filesystem("http", client_kwargs={**limits, "trust_env": True})  # ~/.netrc, proxies
+        return fsspec.filesystem("http", client_kwargs={**limits, **guarded(), "trust_env": True})  # ~/.netrc, proxies
 
     def _lock_path(self, sha256: str) -> Path:
         return self.options.cache / "locks" / sha256[:2] / sha256
@@ -267,17 +263,26 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _watch(timeout: float) -> "Callback":
-    """Stops a transfer that trickles: the clients' own time-outs start again with every byte."""
+class _TooLarge(Exception):
+    """A server sends more than the file has."""
+
+
+def _watch(timeout: float, limit: int) -> "Callback":
+    """Stops a transfer that trickles (the clients' own time-outs start again with every byte), or does not end."""
     from fsspec.callbacks import Callback
 
     class Watch(Callback):
-        """Raises TimeoutError after a time-out's worth of crawling."""
+        """Raises TimeoutError after a time-out's worth of crawling, _TooLarge beyond `limit` bytes."""
+
+        total = 0
 
         since, received = math.inf, 0  # from the first byte on: connecting has a time-out of its own
 
         def relative_update(self, inc: int = 1) -> None:
             self.received += inc
+            self.total += inc
+            if self.total > limit:
+                raise _TooLarge
             now = time.monotonic()
             self.since = min(self.since, now)
             if now - self.since > timeout:
@@ -291,6 +296,10 @@ def _watch(timeout: float) -> "Callback":
 def _cause(error: Exception, timeout: float) -> tuple[str, bool]:
     """What went wrong, in words that repeat no secret, and whether another attempt is pointless."""
     status = getattr(error, "status", None)
+    if isinstance(error, _TooLarge):
+        return "more bytes come than it may have", False
+    if isinstance(error, Redirected):
+        return str(error), True
     if isinstance(error, FileNotFoundError):
         return "it does not exist", True
     if isinstance(error, PermissionError) or status in (401, 403):

@@ -26,9 +26,9 @@ from laser_dist.data.streaming.quarantine import Defect, Quarantine
 from laser_dist.data.streaming.sets import TrainingData, TrainingSet, open_folder
 from laser_dist.data.streaming.store import CacheError
 from laser_dist.errors import UserError
+from laser_dist.reading import LONGEST_ROW
 
 T = TypeVar("T")
-LONGEST_ROW = 8 * 2**20  # bytes of JSON; what is longer is no text to train on, and tokenising it stalls a step
 
 
 @dataclass(frozen=True)

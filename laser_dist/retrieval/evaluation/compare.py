@@ -1,7 +1,6 @@
 """`laser-dist compare`: result files of `laser-dist evaluate` side by side, with paired tests against the first."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import tyro
 
 from laser_dist.errors import UserError
 from laser_dist.files import write_json
+from laser_dist.reading import LARGEST_RESULTS, read_object
 from laser_dist.retrieval.evaluation.significance import Comparison, compare
 
 HELP = """Compare result files of `laser-dist evaluate` with the first of them, query by query.
@@ -100,7 +100,7 @@ def read_systems(paths: tuple[Path, ...], *, bm25: bool = False) -> dict[str, di
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_object(path, LARGEST_RESULTS)
         per_query = results["per_query"]
         first = next(iter(per_query.values()))
         if len(per_query) < 2 or not all(isinstance(value, int | float) for value in first.values()):

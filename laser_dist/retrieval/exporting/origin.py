@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from laser_dist.data.manifest import MANIFEST, Source, parse_manifest
+from laser_dist.data.manifest import LARGEST, MANIFEST, Source, parse_manifest
 from laser_dist.errors import UserError
+from laser_dist.reading import LARGEST_RESULTS, decode_json, read_file, read_object
 from laser_dist.retrieval.card import RetrieverCard
 
 # What of a run's config.toml is told: nothing that names a place.
@@ -91,12 +92,9 @@ def origin_of(source: Path, results: tuple[Path, ...] = ()) -> Origin:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("expected an object")
+        return read_object(path, LARGEST_RESULTS)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    return value
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -104,8 +102,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(read_file(path).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: is not valid TOML ({error}); mend it, or remove it: the card then says less"
         ) from None
@@ -128,7 +126,7 @@ def _dev_metrics(path: Path, step: int | None) -> dict[str, float] | None:
     found: dict[str, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            row = json.loads(line)
+            row = decode_json(line)
         except ValueError:  # a crash can cut the last line off
             continue
         if row.get("step") == step:
@@ -144,7 +142,7 @@ def _data(config: dict[str, Any]) -> tuple[DataSource, ...]:
         if "://" in place or not path.is_file():  # not asked over the network: what is there now may be other data
             sources.append(DataSource(_last_part(place)))
         else:
-            sources += [_source(source) for source in parse_manifest(path.read_bytes(), path).sources]
+            sources += [_source(source) for source in parse_manifest(read_file(path, LARGEST), path).sources]
     return tuple(sources)
 
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from laser_dist.errors import UserError
+from laser_dist.reading import read_object
 from laser_dist.retrieval.card import FILE as CARD
 from laser_dist.retrieval.card import RetrieverCard
 from laser_dist.retrieval.exporting.formats import INSTALLED, SHIPPED
@@ -83,9 +83,9 @@ def _check_unaltered(source: Path) -> None:
     if source.name != "model" or not path.is_file():
         return
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        files = read_object(path)["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}); export another checkpoint") from error
     for name, identity in expected.items():
         file = source.parent / name
@@ -99,8 +99,8 @@ def _check_card(source: Path) -> None:
     if source.name != "model" or not path.is_file():
         return
     try:
-        settings = json.loads(path.read_text(encoding="utf-8")).get("settings") or {}
-    except (ValueError, AttributeError) as error:
+        settings = read_object(path).get("settings") or {}
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); export another checkpoint") from error
     card = dataclasses.asdict(RetrieverCard.load(source))
     said = {f"{part}.{name}": value for part in ("thinking", "text") for name, value in card[part].items()}

@@ -7,7 +7,7 @@ index rounds, and equal scores rank by index, as in exact search.
 """
 
 import dataclasses
-import json
+import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +18,14 @@ import numpy as np
 
 from laser_dist.errors import UserError
 from laser_dist.files import sync_folder, write_json
+from laser_dist.reading import read_object
 from laser_dist.retrieval.search.origin import manifest_hash
 
 Kind = Literal["flat", "hnsw", "ivfpq"]
 _ROWS = 16384  # vectors in memory at a time as float32, beside the index
 _OWNERS = dict.fromkeys(("hnsw_m", "ef_construction", "ef_search"), "hnsw")
 _OWNERS |= dict.fromkeys(("nlist", "nprobe", "pq_m"), "ivfpq")
+_CLASSES = {"flat": "IndexFlat", "hnsw": "IndexHNSWFlat", "ivfpq": "IndexIVFPQ"}
 _LEAST_FOR_PQ = 256  # FAISS trains 2^8 centroids per code
 
 
@@ -61,7 +63,7 @@ def open_index(folder: Path, vectors: np.ndarray, kind: Kind, options: IndexOpti
     path = folder / f"{kind}.index"
     built = _build_parameters(kind, options, *vectors.shape)
     if path.is_dir() and not rebuild:
-        return _load(path, folder, built, options)
+        return _load(path, folder, vectors.shape, kind, built, options)
     index = _build(vectors, kind, built)
     _save(index, path, {"kind": kind, "vectors": manifest_hash(folder), "parameters": built})
     return index
@@ -166,7 +168,8 @@ def _save(index: Any, path: Path, identity: dict[str, Any]) -> None:
     partial.mkdir()
     try:
         faiss.write_index(index, str(partial / "index.faiss"))
-        write_json(partial / "index.json", {**identity, "faiss": faiss.__version__})
+        written = {"faiss": faiss.__version__, "sha256": _sha256(partial / "index.faiss")}
+        write_json(partial / "index.json", identity | written)
         sync_folder(partial)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
@@ -176,16 +179,25 @@ def _save(index: Any, path: Path, identity: dict[str, Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _load(path: Path, folder: Path, built: dict[str, int], options: IndexOptions) -> Any:
+def _load(
+    path: Path, folder: Path, shape: tuple[int, ...], kind: Kind, built: dict[str, int], options: IndexOptions
+) -> Any:
+    """FAISS checks little of what it reads, so it gets to see only the very file that `_save` has written."""
     import faiss
 
     try:
-        saved = json.loads((path / "index.json").read_text(encoding="utf-8"))
-        vectors, parameters = saved["vectors"], saved["parameters"]
+        saved = read_object(path / "index.json")
+        vectors, parameters = saved["vectors"], dict(saved["parameters"])
+        if saved.get("sha256") != _sha256(path / "index.faiss"):
+            raise ValueError("index.faiss is not the file that index.json was written with")
+        if saved["kind"] != kind or parameters.keys() != built.keys():
+            raise ValueError(f"it is no {kind} index")
         # Mapped into memory: opening a large index takes no time and no memory of its own.
         index = faiss.read_index(str(path / "index.faiss"), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        if (index.ntotal, index.d) != shape or not isinstance(index, getattr(faiss, _CLASSES[kind])):
+            raise ValueError("it does not fit these vectors")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged ({reason}): build it again with --rebuild-index") from None
     if vectors != manifest_hash(folder):
         raise UserError(f"{path} was built from other vectors than {folder} holds now: build it with --rebuild-index")
@@ -201,6 +213,7 @@ def _scored_again(queries: np.ndarray, found_NC: np.ndarray, vectors: np.ndarray
     scores = np.full((len(queries), k), -np.inf, np.float32)
     indices = np.full((len(queries), k), -1, np.int64)
     for row, (query, found) in enumerate(_pairs(queries, found_NC)):
+        found = found[found < len(vectors)]  # an index may hold any number as an id
         exact = np.asarray(vectors[found], np.float32) @ np.asarray(query, np.float32)
         best = np.lexsort((found, -exact))[:k]
         scores[row, : len(best)], indices[row, : len(best)] = exact[best], found[best]
@@ -210,3 +223,8 @@ def _scored_again(queries: np.ndarray, found_NC: np.ndarray, vectors: np.ndarray
 def _pairs(queries: np.ndarray, found_NC: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for query, found in zip(queries, found_NC, strict=True):
         yield query, found[found >= 0]  # FAISS fills rows that stay short with -1
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_dist.errors import UserError
+from laser_dist.reading import read_object
 from laser_dist.retrieval.card import RetrieverCard
 from laser_dist.retrieval.encode import weights_hash
 
@@ -17,7 +18,7 @@ _PASSAGE_TEXT = ("passage_template", "chat_template", "max_passage_tokens")
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished folder of vectors (`load_vectors` has checked it)."""
-    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return read_object(folder / "manifest.json")
 
 
 def manifest_hash(folder: Path) -> str:
