@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from laser_dist.errors import UserError, suggest
+from laser_dist.renamed import rename_flags, rename_keys
 
 
 def _require(condition: bool, key: str, value: object, remedy: str) -> None:
@@ -452,6 +453,7 @@ def load_config(arguments: Sequence[str], prog: str = "laser-dist train") -> Run
     arguments = list(arguments)
     recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     defaults = read_recipe(Path(recipe)) if recipe else RunConfig()
+    arguments = rename_flags(arguments)
     config = tyro.cli(RunConfig, args=arguments, default=defaults, prog=f"{prog} RECIPE.toml", description=TRAIN_HELP)
     config.validate()
     return config
@@ -473,9 +475,11 @@ def read_recipe(path: Path) -> RunConfig:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; ready ones are in launchers/recipes/") from None
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read ({error.strerror}): give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid TOML: {error}") from None
-    return _from_table(RunConfig, table, str(path), "")
+    return _from_table(RunConfig, rename_keys(table, str(path)), str(path), "")
 
 
 def _from_table(cls: type, table: dict[str, Any], source: str, prefix: str) -> Any:

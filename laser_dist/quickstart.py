@@ -200,6 +200,7 @@ def _report(stages: Stages, config: RunConfig, before: dict, after: dict, out: P
     bin_folder = Path(sys.executable).parent
     stages.console.print(
         f"\nrecipe      {out / 'recipe.toml'}\nretriever   {out / 'model'}\n"
+        f"run page    {Path(config.output) / 'run.html'}\n"
         f"curves      {bin_folder / 'tensorboard'} --logdir {out}\n"
         f"total       {(time.monotonic() - stages.start) / 60:.1f} min",
         soft_wrap=True,

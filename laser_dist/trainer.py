@@ -28,6 +28,7 @@ from laser_dist.objective.alignment import AlignmentObjective, LossTerms
 from laser_dist.observability.clock import StepClock
 from laser_dist.observability.console import TrainingProgress
 from laser_dist.observability.flops import ModelSize, peak_flops
+from laser_dist.observability.ledger import RunLedger
 from laser_dist.observability.metrics import MetricsLog
 from laser_dist.observability.profiler import StepProfiler, check_profile
 from laser_dist.observability.scalars import Scalars, micro_batch_scalars, step_scalars, term_gradient_norms
@@ -37,6 +38,7 @@ from laser_dist.retrieval.encoder import LaserEncoder
 from laser_dist.retrieval.evaluation.evaluate import evaluate
 from laser_dist.run_folder import checkpoints_of
 from laser_dist.run_inputs import fingerprint, open_quarantine, read_dev_set, total_steps
+from laser_dist.run_page.report import page_at_end
 
 
 class Trainer:
@@ -104,11 +106,14 @@ class Trainer:
             total=(self.total_steps - start) * config.train.accumulation,
         )
         self.best_metric = self.store.best_metric()
+        ledger = RunLedger(output, start_step=start, total_steps=self.total_steps, enabled=is_first)
         with (
+            page_at_end(output, enabled=is_first),
             contextlib.closing(batches),
             MetricsLog(output, start_step=start, enabled=is_first) as self.log,
             TrainingProgress(self.total_steps, start, enabled=is_first) as self.progress,
             StepProfiler(config.profile, output, self.engine.device, self.log, self.progress.say) as profiler,
+            ledger as self.ledger,
         ):
             self.log.config(config)
             self._announce(start)
@@ -118,7 +123,9 @@ class Trainer:
                 if step % config.logging.every == 0 or step + 1 == self.total_steps:
                     self.log.scalars(step + 1, values)
                     self.progress.update(step + 1, values)
-                if self._after_step(step + 1):
+                ended = self._after_step(step + 1)
+                self.ledger.step(step + 1, waited=values["time/data"] + values["time/wait"])
+                if ended:
                     return step + 1 == self.total_steps
         return True
 
@@ -177,7 +184,8 @@ class Trainer:
                 step, world_size(), self.engine.stage, fingerprint(self.config, self.data), metric, self.position
             )
             self._publish()
-            self.store.save(self.engine, state, self.text.tokenizer, self.card, best=improved)
+            with self.ledger.booked("save"):
+                self.store.save(self.engine, state, self.text.tokenizer, self.card, best=improved)
             if improved:
                 self.best_metric = metric
             if last or stop or not self.config.checkpoint.asynchronous:
@@ -185,13 +193,16 @@ class Trainer:
         return stop or last
 
     def _publish(self, why: str = "") -> None:
-        if saved := self.store.publish():
+        with self.ledger.booked("save"):
+            saved = self.store.publish()
+        if saved:
             self.progress.say(f"saved {saved}{why}")
 
     def _evaluate(self, step: int) -> float | None:
         if self.dev is None:
             return None
-        metrics = evaluate(self.encoder, *self.dev).metrics
+        with self.ledger.booked("evaluate"):
+            metrics = evaluate(self.encoder, *self.dev).metrics
         self.log.scalars(step, {f"dev/{name}": value for name, value in metrics.items()})
         self.progress.say(f"step {step} · dev " + " · ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
         # Rank 0's, to the last bit: whether it is the best decides whether all ranks save.

@@ -103,6 +103,9 @@ def test_config_and_errors_are_at_the_bottom():
         "laser_dist.errors",
         "laser_dist.errors.UserError",
         "laser_dist.errors.suggest",
+        "laser_dist.renamed",  # which imports errors alone
+        "laser_dist.renamed.rename_flags",
+        "laser_dist.renamed.rename_keys",
     }
 
 

@@ -1,0 +1,118 @@
+"""The front door: help is quick, wrong input gets one message, and a reader may leave."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from laser_dist import cli
+from laser_dist.bench import BENCHMARKS
+
+ROOT = Path(__file__).parents[1]
+ALL = [[name] for name in cli.COMMANDS] + [["bench", name] for name in BENCHMARKS]
+
+# One process, which forks for each command: what a command imports is its own.
+_HELPS = """
+import io, json, os, sys, time
+import tyro, rich.console  # what nearly all of them need, once; neither is heavy
+from laser_dist.cli import main
+for words in json.loads(sys.argv[1]):
+    if os.fork():
+        os.wait()
+        continue
+    out, sys.stdout, code = sys.stdout, io.StringIO(), None
+    began = time.process_time()
+    try:
+        code = main([*words, "--help"])
+    except SystemExit as stop:
+        code = stop.code
+    seconds = time.process_time() - began
+    heavy = sorted({"torch", "transformers", "deepspeed", "datasets", "matplotlib"} & set(sys.modules))
+    print(json.dumps([words, code, heavy, seconds, sys.stdout.getvalue()]), file=out, flush=True)
+    os._exit(0)
+"""
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "100"}
+
+
+def test_help_of_every_command_is_quick_and_has_examples() -> None:
+    """Quick: nothing heavy is imported. Seconds of CPU are bounded far above what they are (about 0.2)."""
+    done = subprocess.run(
+        [sys.executable, "-c", _HELPS, json.dumps(ALL)], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [words for words, *_ in told] == ALL, done.stderr[-3000:]
+    wrong = [words for words, code, heavy, _, _ in told if code != 0 or heavy]
+    assert not wrong, [(words, code, heavy) for words, code, heavy, _, _ in told if words in wrong]
+    assert not [words for words, *_, text in told if "laser-dist" not in text or "xample" not in text]
+    assert max(seconds for *_, seconds, _ in told) < 10
+
+
+@pytest.mark.parametrize("words", ALL, ids=" ".join)
+def test_a_misspelt_flag_is_answered_with_the_right_one(words: list[str], capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    flags = {
+        "train": "--optimizer.learning-rate",
+        "launch": "--max-restarts",
+        "bench": "--out",
+        "quickstart": "--max-steps",
+    }
+    flags |= {"doctor": "--output", "report": "--against", "compare": "--metric", "plan": "--lora-rank"}
+    flag = flags.get(words[0], "--out")
+    if words == ["bench"]:
+        assert cli.main(["bench", "stp"]) == 2
+        assert 'Did you mean "step"?' in capsys.readouterr().err
+        return
+    wrong = flag[:-2] + flag[-1] + "x" + flag[-2]
+    try:
+        code = cli.main([*words, wrong, "1"])
+    except SystemExit as stop:
+        code = stop.code
+    told = capsys.readouterr()
+    assert code == 2
+    assert flag in told.err + told.out and wrong in told.err + told.out
+
+
+def test_misspelt_command(capsys) -> None:
+    assert cli.main(["trian"]) == 2
+    told = capsys.readouterr()
+    assert 'unknown command "trian". Did you mean "train"?' in told.err and told.out == ""
+
+
+def test_version_and_no_command(capsys) -> None:
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out.startswith("laser-dist ")
+    assert cli.main([]) == 2 and "usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["bench", "--help"], ["train", "--help"], ["launch", "--help"]], ids=" ".join
+)
+def test_a_reader_that_leaves_is_no_error(words: list[str]) -> None:
+    """`laser-dist train --help | head -1`: the pipe is closed before anything is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "laser_dist.cli", *words],
+        env=environment(),
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch) -> None:
+    class Module:
+        @staticmethod
+        def main(_: list[str]) -> int:
+            raise BrokenPipeError("a program that we started has gone")
+
+    monkeypatch.setitem(sys.modules, "laser_dist.fake", Module)
+    with pytest.raises(BrokenPipeError):
+        cli.run("laser_dist.fake", [])
