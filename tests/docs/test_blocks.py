@@ -19,7 +19,9 @@ def test_blocks_are_what_they_are_said_to_be(page: Path, blocks, tmp_path: Path)
             (tmp_path / "recipe.toml").write_text(text)
             read_recipe(tmp_path / "recipe.toml")
         elif language == "json":
-            parse_example(json.loads(text), f"{page.name}:{number}")
+            dots = iter(range(100))  # "..." stands for texts, which differ
+            filled = re.sub(r'"\.\.\."', lambda _, dots=dots: f'"text {next(dots)}"', text)
+            parse_example(json.loads(filled), f"{page.name}:{number}")
         elif language == "python":
             compile(text, f"{page.name}:{number}", "exec")
         else:
