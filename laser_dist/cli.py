@@ -1,5 +1,6 @@
 """`laser-dist COMMAND ...`: dispatch only. Commands import what they need themselves, so that help is instant."""
 
+import errno
 import importlib
 import os
 import select
@@ -36,6 +37,12 @@ COMMANDS = {
     "explain": ("laser_dist.retrieval.explaining.explain", "Show what a query's soft tokens say, and what they find"),
     "export": ("laser_dist.retrieval.export", "Turn a checkpoint into a plain model folder"),
     "bench": ("laser_dist.bench", "Measure a training step against the published one"),
+}
+
+# What is wrong with a path or a disk, and not with the program.
+_OF_FILES = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),
+    *(errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO),
 }
 
 
@@ -86,6 +93,15 @@ def _run(module: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in _OF_FILES or error.filename is None or os.environ.get("LASER_DIST_TRACEBACK"):
+            raise
+        print(
+            f"error: {error.filename}: {error.strerror}: check the path, its permissions and the room on its disk "
+            "(LASER_DIST_TRACEBACK=1 shows where this came up)",
+            file=sys.stderr,
+        )
+        return 1
 
 
 def _until_the_reader_goes(act: Callable[[], int]) -> int:

@@ -437,6 +437,8 @@ class RunConfig:
             "needs corpus, queries and qrels",
         )
         output = Path(self.output)
+        home = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+        _require(home.is_dir(), "output", self.output, f"{home} is a file: choose another folder")
         occupied = any((output / "checkpoints").glob("step-*")) if output.is_dir() else False
         _require(
             self.resume or not occupied,
@@ -452,6 +454,8 @@ def load_config(arguments: Sequence[str], prog: str = "laser-dist train") -> Run
 
     arguments = list(arguments)
     recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    if not recipe and (later := [word for word in arguments if word.endswith(".toml")]):
+        raise UserError(f"the recipe stands first: {prog} {later[0]} --section.field value ...")
     defaults = read_recipe(Path(recipe)) if recipe else RunConfig()
     arguments = rename_flags(arguments)
     config = tyro.cli(RunConfig, args=arguments, default=defaults, prog=f"{prog} RECIPE.toml", description=TRAIN_HELP)
@@ -472,7 +476,7 @@ Examples:
 def read_recipe(path: Path) -> RunConfig:
     """A TOML recipe as a RunConfig (not yet validated as a whole)."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark first
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; ready ones are in launchers/recipes/") from None
     except OSError as error:

@@ -17,6 +17,7 @@ from typing import Any
 from laser_dist.config import RunConfig, read_recipe, to_toml
 from laser_dist.data import sample_folder
 from laser_dist.errors import UserError
+from laser_dist.run_folder import existing_folder
 
 RECIPE = Path(__file__).parent / "recipes" / "quickstart.toml"
 HELP = """Train, evaluate and export a retriever on the embedded sample set, end to end.
@@ -75,6 +76,11 @@ def main(argv: list[str]) -> int:
     from laser_dist.observability.console import quiet_libraries
 
     arguments = tyro.cli(Arguments, args=argv, prog="laser-dist quickstart", description=HELP)
+    for name, least in (("layers", 0), ("max_steps", 1), ("processes", 1)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if not existing_folder(arguments.out).is_dir():
+        raise UserError(f"--out {arguments.out}: is a file, or lies below one: choose another folder")
     quiet_libraries()
     stages, out = Stages(6), arguments.out
 

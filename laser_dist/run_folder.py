@@ -5,6 +5,14 @@ from pathlib import Path
 from laser_dist.errors import UserError
 
 
+def existing_folder(path: Path) -> Path:
+    """The folder, or the nearest one above it that exists (which may be a file: nothing can be made below it)."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def checkpoints_of(run: Path) -> Path:
     return run / "checkpoints"
 

@@ -130,3 +130,63 @@ def test_another_broken_pipe_is_an_error(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "laser_dist.fake", Module)
     with pytest.raises(BrokenPipeError):
         cli.run("laser_dist.fake", [])
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("train {r} --output {file}", "output = .*file.*is a file: choose another"),
+        ("train {r} --output {file}/below", "output = .*is a file: choose another"),
+        ("train --output o {r}", "the recipe stands first: laser-dist train .*r.toml"),
+        ("train {folder} --output o", "cannot be read .Is a directory.: give a TOML file"),
+        ("launch --num_gpus two {r} --output o", "--num_gpus two: must be a whole number"),
+        ("launch --hostfile {binary} {r} --output o", "binary:1: .*is not `name slots=N`"),
+        ("plan --model 4B --gpu h100 --out {file}/below", "file/below.*: Not a directory: check the path"),
+        ("evaluate --model m --data d --out {file}/r.json", "--out .*is a file: choose another folder"),
+        ("compare {binary} {binary} --bm25", "twice|not even text"),
+        ("compare {binary} --bm25", "not even text"),
+        ("quickstart --max-steps 0", "--max-steps 0: must be at least 1"),
+        ("quickstart --out {file}", "--out .*is a file"),
+        ("report {folder} --out {folder}", "--out .*is a folder"),
+        ("doctor {folder}/none.toml", "none.toml does not exist"),
+        ("bench nope", 'unknown benchmark "nope"'),
+    ],
+)
+def test_wrong_input_gets_one_message(words: str, told: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    """What was a traceback, an unclear word of a library, or minutes of work before the message."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/manifest.json").write_text("{}")
+    (tmp_path / "r.toml").write_text(
+        '\ufeff[model]\nname = "m"\n[data]\ntrain = "shards"\n'
+    )  # with a mark, as from Windows
+    names = {name: str(tmp_path / name) for name in ("file", "folder", "binary")} | {"r": "r.toml"}
+    try:
+        code = cli.main(words.format(**names).split())
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr().err
+    assert code in (1, 2) and re.search(told, said), said
+    assert "Traceback" not in said and len(said) < 2500
+
+
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch) -> None:
+    class Module:
+        error: OSError = FileNotFoundError(2, "No such file", "somewhere")
+
+        @classmethod
+        def main(cls, _: list[str]) -> int:
+            raise cls.error
+
+    monkeypatch.setitem(sys.modules, "laser_dist.fake", Module)
+    assert cli.run("laser_dist.fake", []) == 1
+    monkeypatch.setenv("LASER_DIST_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        cli.run("laser_dist.fake", [])
+    monkeypatch.delenv("LASER_DIST_TRACEBACK")
+    Module.error = OSError(9, "Bad file descriptor")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        cli.run("laser_dist.fake", [])

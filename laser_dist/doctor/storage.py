@@ -12,6 +12,7 @@ from pathlib import Path
 
 from laser_dist.doctor.finding import GIB, Context, Finding, failed, ok, warning
 from laser_dist.files import replacing, sync_folder
+from laser_dist.run_folder import existing_folder
 
 _SLOW = 2.0
 """Seconds for 1 MiB on disk and a rename; a local disk takes some milliseconds."""
@@ -19,8 +20,6 @@ _SLOW = 2.0
 
 def disk(context: Context) -> Finding:
     """Room where a run would write; with a recipe, for its checkpoints."""
-    from laser_dist.launch.facts import existing_folder
-
     folder = existing_folder(context.output)
     free = shutil.disk_usage(folder).free
     found = f"{free / GIB:.1f} GiB free at {folder}"
@@ -86,7 +85,6 @@ def temporary_files(_: Context) -> Finding:
 def shard_cache(context: Context) -> Finding:
     """Where shards from https:// and s3:// are kept: processes share it by locks."""
     from laser_dist.data.streaming.store import default_cache
-    from laser_dist.launch.facts import existing_folder
 
     data = context.recipe.data if context.recipe else None
     cache = Path(data.cache) if data and data.cache else default_cache()
@@ -110,8 +108,6 @@ def shard_cache(context: Context) -> Finding:
 
 def hub_cache(_: Context) -> Finding:
     """Where models and data sets from the hub are kept."""
-    from laser_dist.launch.facts import existing_folder
-
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
     folder = existing_folder(cache)
@@ -129,8 +125,6 @@ def hub_cache(_: Context) -> Finding:
 @contextmanager
 def probe_file(folder: Path) -> Iterator[Path]:
     """A name in `folder`, or in the nearest folder above it that exists, that is gone afterwards. Raises OSError."""
-    from laser_dist.launch.facts import existing_folder
-
     path = existing_folder(folder) / f".laser-dist-doctor-{uuid.uuid4().hex}"
     try:
         yield path

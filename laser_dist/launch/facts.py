@@ -13,6 +13,7 @@ from typing import Any
 
 from laser_dist.config import ModelConfig, RunConfig
 from laser_dist.data.streaming.sets import TrainingData
+from laser_dist.run_folder import existing_folder
 
 PACKAGES = (
     "torch",
@@ -143,11 +144,3 @@ def _code() -> str:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
-
-
-def existing_folder(path: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path

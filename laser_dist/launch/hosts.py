@@ -30,7 +30,7 @@ def read_hostfile(path: Path) -> dict[str, list[int]]:
     if not path.is_file():
         raise UserError(f"--hostfile {path}: no such file; write a line `name slots=8` for each host")
     hosts: dict[str, list[int]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
