@@ -15,15 +15,15 @@ _BINS = 300
 
 
 def thinned(points: Points, bins: int = _BINS) -> list[tuple[float, float]]:
-    """At most two points a bin, in order."""
+    """At most two points a bin, in order, and the first and the last."""
     if len(points) <= 2 * bins:
         return list(points)
-    kept = []
+    kept, inner = [points[0]], points[1:-1]
     for number in range(bins):
-        part = points[number * len(points) // bins : (number + 1) * len(points) // bins]
+        part = inner[number * len(inner) // bins : (number + 1) * len(inner) // bins]
         low, high = min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])
         kept += [low, high] if low[0] <= high[0] else [high, low]
-    return kept
+    return [*kept, points[-1]]
 
 
 def line_chart(lines: dict[str, Points], others: dict[str, Points], *, unit: str, log: bool = False) -> str:

@@ -65,7 +65,8 @@ def _summary(run: Run) -> str:
         facts += [
             f"{last.ranks} rank{'s' if last.ranks > 1 else ''}",
             f"{len(account.attempts)} attempt{'s' if len(account.attempts) > 1 else ''}",
-            f"{_duration(account.wall)}, {account.goodput:.1%} of it training that lasted",
+            _duration(account.wall),
+            f"training that lasted: {account.goodput:.1%}" + " of the time not paused" * (account.parts["paused"] > 0),
             {"no end": "killed, or still running"}.get(last.how, last.how),
         ]
     return f'<p class="facts">{" · ".join(escape(fact) for fact in facts if fact)}</p>'
@@ -107,8 +108,9 @@ def _time(account: Account | None) -> str:
     )
     return (
         f"<h2>Time</h2>{bar(account.parts, _CLASSES)}<div class=scroll><table>{rows}</table></div>"
-        "<h3>Attempts</h3><div class=scroll><table><tr><th>attempt<th>started<th>after step<th>to step<th>ranks"
-        f"<th>lasted<th>end</tr>{attempts}</table></div>"
+        "<h3>Attempts</h3><div class=scroll><table><tr><th class=n>attempt<th>started"
+        "<th class=n>after step<th class=n>to step<th class=n>ranks<th class=n>lasted<th>end</tr>"
+        f"{attempts}</table></div>"
     )
 
 
@@ -138,7 +140,7 @@ def _lines(run: Run, names: str | tuple[str, ...]) -> dict[str, Points]:
 
 def _scalars(run: Run, against: Run | None) -> str:
     names = [name for name in SCALARS if name in run.series] + [name for name in run.series if name not in SCALARS]
-    heads = ["scalar", "unit", "first", "last", "recent"] + ([f"recent, {against.name}"] if against else [])
+    heads = ["at start", "at end", "recent"] + ([f"recent of {against.name}"] if against else [])
     rows = []
     for name in names:
         unit, _, meaning = SCALARS.get(name, ("", "", ""))
@@ -152,7 +154,7 @@ def _scalars(run: Run, against: Run | None) -> str:
             f'<tr title="{escape(meaning)}"><td>{escape(name)}</td><td>{escape(unit)}</td>{cells}'
             f"<td>{_mark(range_, recent)}</td><td>{escape(range_.text)}</td></tr>"
         )
-    head = "".join(f"<th>{escape(h)}" for h in [*heads, "", "healthy"])
+    head = "<th>scalar<th>unit" + "".join(f"<th class=n>{escape(h)}" for h in heads) + "<th><th>healthy"
     note = "<p class=muted>Recent: the median of the last tenth of the steps. Meanings: rest the pointer on a row.</p>"
     return f"{note}<div class=scroll><table><tr>{head}</tr>{''.join(rows)}</table></div>" if rows else ""
 

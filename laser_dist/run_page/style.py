@@ -26,7 +26,8 @@ h3{font-size:1em;margin:1.2em 0 .4em}
 table{border-collapse:collapse;width:100%;font-size:.92em}
 td,th{text-align:left;padding:4px 10px 4px 0;border-bottom:1px solid var(--edge);vertical-align:top}
 th{color:var(--muted);font-weight:600}
-td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.n,th.n{text-align:right}
+td.n{font-variant-numeric:tabular-nums;white-space:nowrap}
 tr.sum td{border-bottom:0;font-weight:600}
 .scroll{overflow-x:auto}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr));gap:16px}
@@ -37,7 +38,7 @@ svg text{font:10.5px system-ui,sans-serif;fill:var(--muted)}
 .grid{stroke:var(--edge);stroke-width:1}
 .line polyline{fill:none;stroke-width:1.6;stroke-linejoin:round;stroke:var(--c)}
 .line circle{fill:var(--c)}
-.line.other polyline{stroke-width:1.1;stroke-dasharray:4 3;opacity:.75}
+.line.other polyline{stroke-width:1.3;stroke-dasharray:4 3;opacity:.85}
 .keys{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:.85em;color:var(--muted)}
 .key{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.45em;background:var(--c)}
 .bar{height:26px;border-radius:6px;margin-bottom:8px}
