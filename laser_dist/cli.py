@@ -1,13 +1,21 @@
 """`laser-dist COMMAND ...`: dispatch only. Commands import what they need themselves, so that help is instant."""
 
+import errno
 import importlib
 import os
+import select
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 
 from laser_dist.errors import UserError, suggest
 from laser_dist.redaction import hiding, print_exception, shown
 
 COMMANDS = {
+    "doctor": (
+        "laser_dist.doctor.doctor",
+        "Check this machine, and a recipe, before a run: each finding with its remedy",
+    ),
     "quickstart": ("laser_dist.quickstart", "Train, evaluate and export on the embedded sample set"),
     "prepare": (
         "laser_dist.data.preparation.prepare",
@@ -22,6 +30,7 @@ COMMANDS = {
     "plan": ("laser_dist.planning.cli", "Estimate memory and time of a step on given GPUs, and write a recipe"),
     "train": ("laser_dist.train", "Train a retriever from a TOML recipe"),
     "launch": ("laser_dist.launch.launch", "Train on one host or many, and restart after failures"),
+    "report": ("laser_dist.run_page.report", "Write a run as one HTML page: curves, time, alarms, configuration"),
     "search": ("laser_dist.retrieval.search.search", "Find the best passages of queries in an encoded corpus"),
     "evaluate": ("laser_dist.retrieval.evaluation.command", "Measure nDCG, recall and MRR on files or benchmark tasks"),
     "compare": ("laser_dist.retrieval.evaluation.compare", "Tell whether result files differ by more than chance"),
@@ -29,6 +38,12 @@ COMMANDS = {
     "explain": ("laser_dist.retrieval.explaining.explain", "Show what a query's soft tokens say, and what they find"),
     "export": ("laser_dist.retrieval.export", "Turn a checkpoint into a plain model folder"),
     "bench": ("laser_dist.bench", "Measure a training step against the published one"),
+}
+
+# What is wrong with a path or a disk, and not with the program.
+_OF_FILES = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),
+    *(errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO),
 }
 
 
@@ -46,7 +61,10 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. A UserError is printed as one message, without a traceback."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    return _until_the_reader_goes(lambda: _dispatch(sys.argv[1:] if arguments is None else arguments))
+
+
+def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
@@ -65,27 +83,55 @@ def main(arguments: list[str] | None = None) -> int:
 def run(module: str, arguments: list[str]) -> int:
     """Call `module.main(arguments)`; user errors and Ctrl-C end in a message and a code, not in a traceback."""
     sys.excepthook = print_exception
+    return _until_the_reader_goes(lambda: _run(module, arguments))
+
+
+def _run(module: str, arguments: list[str]) -> int:
     try:
         with hiding():
             return importlib.import_module(module).main(arguments) or 0
     except UserError as error:
         print(f"error: {shown(error)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        return _end_of_pipe()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in _OF_FILES or error.filename is None or os.environ.get("LASER_DIST_TRACEBACK"):
+            raise
+        print(
+            f"error: {error.filename}: {error.strerror}: check the path, its permissions and the room on its disk "
+            "(LASER_DIST_TRACEBACK=1 shows where this came up)",
+            file=sys.stderr,
+        )
+        return 1
 
 
-def _end_of_pipe() -> int:
-    """Nothing to tell when the reader of our output, `head` say, has seen enough; any other broken pipe is an error."""
+def _until_the_reader_goes(act: Callable[[], int]) -> int:
+    """The code of `act`; 141, as shells have it, when the reader of our output, `head` say, has seen enough."""
     try:
-        sys.stdout.flush()
+        try:
+            return act()
+        finally:
+            with suppress(AttributeError, ValueError):  # closed, or none
+                sys.stdout.flush()  # at exit it would be too late for a word about it
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit goes there
+        if not _reader_is_gone():
+            raise
         return 141
-    raise
+
+
+def _reader_is_gone() -> bool:
+    """Whether it was our output that broke: any other broken pipe is an error. What is left of it goes nowhere."""
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or not a file at all
+            watched = select.poll()
+            watched.register(stream.fileno(), select.POLLERR)
+            if any(event & select.POLLERR for _, event in watched.poll(0)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                gone = True
+    return gone
 
 
 if __name__ == "__main__":

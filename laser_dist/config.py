@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from laser_dist.errors import UserError, suggest
 from laser_dist.reading import read_file
 from laser_dist.redaction import check_address, find_secret
+from laser_dist.renamed import rename_flags, rename_keys
 
 _LARGEST_RECIPE = 2**20  # bytes; the longest one here has 2,000
 MOST_STEPS = 1024
@@ -476,6 +477,8 @@ class RunConfig:
             "needs corpus, queries and qrels",
         )
         output = Path(self.output)
+        home = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+        _require(home.is_dir(), "output", self.output, f"{home} is a file: choose another folder")
         occupied = any((output / "checkpoints").glob("step-*")) if output.is_dir() else False
         _require(
             self.resume or not occupied,
@@ -498,7 +501,10 @@ def load_config(arguments: Sequence[str], prog: str = "laser-dist train") -> Run
 
     arguments = list(arguments)
     recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    if not recipe and (later := [word for word in arguments if word.endswith(".toml")]):
+        raise UserError(f"the recipe stands first: {prog} {later[0]} --section.field value ...")
     defaults = read_recipe(Path(recipe)) if recipe else RunConfig()
+    arguments = rename_flags(arguments)
     config = tyro.cli(RunConfig, args=arguments, default=defaults, prog=f"{prog} RECIPE.toml", description=TRAIN_HELP)
     config.validate()
     return config
@@ -517,16 +523,17 @@ Examples:
 def read_recipe(path: Path) -> RunConfig:
     """A TOML recipe as a RunConfig (not yet validated as a whole)."""
     try:
-        table = tomllib.loads(read_file(path, _LARGEST_RECIPE).decode("utf-8"))
+        # Editors on Windows put a mark first.
+        table = tomllib.loads(read_file(path, _LARGEST_RECIPE).decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; ready ones are in launchers/recipes/") from None
     except OSError as error:
-        raise UserError(f"recipe {path} cannot be read ({error.strerror}); give a TOML file") from None
+        raise UserError(f"recipe {path} cannot be read ({error.strerror}): give a TOML file") from None
     except ValueError as error:  # also: no UTF-8, and numbers of thousands of digits
         raise UserError(f"recipe {path} is not valid TOML: {error}") from None
     except RecursionError:
         raise UserError(f"recipe {path} is not valid TOML: it is nested too deeply") from None
-    return _from_table(RunConfig, table, str(path), "")
+    return _from_table(RunConfig, rename_keys(table, str(path)), str(path), "")
 
 
 def _from_table(cls: type, table: dict[str, Any], source: str, prefix: str) -> Any:

@@ -18,6 +18,7 @@ from laser_dist.config import RunConfig, read_recipe, to_toml
 from laser_dist.data import sample_folder
 from laser_dist.errors import UserError
 from laser_dist.reading import read_object
+from laser_dist.run_folder import existing_folder
 
 RECIPE = Path(__file__).parent / "recipes" / "quickstart.toml"
 HELP = """Train, evaluate and export a retriever on the embedded sample set, end to end.
@@ -76,6 +77,11 @@ def main(argv: list[str]) -> int:
     from laser_dist.observability.console import quiet_libraries
 
     arguments = tyro.cli(Arguments, args=argv, prog="laser-dist quickstart", description=HELP)
+    for name, least in (("layers", 0), ("max_steps", 1), ("processes", 1)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if not existing_folder(arguments.out).is_dir():
+        raise UserError(f"--out {arguments.out}: is a file, or lies below one: choose another folder")
     quiet_libraries()
     stages, out = Stages(6), arguments.out
 
@@ -202,6 +208,7 @@ def _report(stages: Stages, config: RunConfig, before: dict, after: dict, out: P
     bin_folder = Path(sys.executable).parent
     stages.console.print(
         f"\nrecipe      {out / 'recipe.toml'}\nretriever   {out / 'model'}\n"
+        f"run page    {Path(config.output) / 'run.html'}\n"
         f"curves      {bin_folder / 'tensorboard'} --logdir {out}\n"
         f"total       {(time.monotonic() - stages.start) / 60:.1f} min",
         soft_wrap=True,

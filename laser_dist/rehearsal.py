@@ -29,7 +29,6 @@ from laser_dist.errors import UserError
 from laser_dist.observability.scalars import Scalars
 from laser_dist.retrieval.collection import Corpus, Qrels, Queries
 from laser_dist.retrieval.evaluation.evaluate import evaluate
-from laser_dist.watch import pulse
 
 if TYPE_CHECKING:
     from laser_dist.trainer import Trainer
@@ -63,7 +62,7 @@ class Rehearsal:
             return
         self._say(f"one step took {seconds:.1f} s, so {left} more may take {seconds * left / 3600:.1f} h")
         try:
-            with uncounted(), pulse.phase("rehearsal"):
+            with uncounted(), self.trainer.doing("rehearsal"):
                 self._rehearse(step, len(json.dumps(values)))
         finally:
             if rank() == 0:

@@ -7,6 +7,14 @@ from laser_dist.errors import UserError
 from laser_dist.reading import read_file
 
 
+def existing_folder(path: Path) -> Path:
+    """The folder, or the nearest one above it that exists (which may be a file: nothing can be made below it)."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def checkpoints_of(run: Path) -> Path:
     return run / "checkpoints"
 

@@ -28,6 +28,7 @@ from laser_dist.objective.alignment import AlignmentObjective, LossTerms
 from laser_dist.observability.clock import StepClock
 from laser_dist.observability.console import TrainingProgress
 from laser_dist.observability.flops import ModelSize, peak_flops
+from laser_dist.observability.ledger import RunLedger
 from laser_dist.observability.metrics import MetricsLog
 from laser_dist.observability.profiler import StepProfiler
 from laser_dist.observability.scalars import Scalars, micro_batch_scalars, step_scalars, term_gradient_norms
@@ -38,6 +39,7 @@ from laser_dist.retrieval.encoder import LaserEncoder
 from laser_dist.retrieval.evaluation.evaluate import evaluate
 from laser_dist.run_folder import checkpoints_of
 from laser_dist.run_inputs import open_inputs, open_quarantine, total_steps, write_config
+from laser_dist.run_page.report import page_at_end
 from laser_dist.watch import pulse, watchdog
 
 
@@ -102,26 +104,33 @@ class Trainer:
             gaps=self._gaps(start),
         )
         self.best_metric = self.store.best_metric()
+        ledger = RunLedger(output, start_step=start, total_steps=self.total_steps, enabled=is_first)
         with (
+            page_at_end(output, enabled=is_first),
             contextlib.closing(batches),
             MetricsLog(output, start_step=start, enabled=is_first) as self.log,
             TrainingProgress(self.total_steps, start, enabled=is_first) as self.progress,
             StepProfiler(config.profile, output, self.engine.device, self.log, self.progress.say) as profiler,
+            ledger as self.ledger,
         ):
             self.log.config(config)
             self._announce(start)
             rehearsal = Rehearsal(self, start)
             for step in range(start, self.total_steps):
+                waited = 0.0
                 if step + 1 in config.data.skip_steps:
                     self._pass_over(step + 1)
                 else:
                     with profiler.step(step + 1), pulse.step(step + 1):
                         values = self.step(step, batches)
+                    waited = values["time/data"] + values["time/wait"]
                     if step % config.logging.every == 0 or step + 1 == self.total_steps:
                         self.log.scalars(step + 1, values)
                         self.progress.update(step + 1, values)
                     rehearsal(step + 1, values)
-                if self._after_step(step + 1):
+                ended = self._after_step(step + 1)
+                self.ledger.step(step + 1, waited)
+                if ended:
                     return step + 1 == self.total_steps
         return True
 
@@ -187,14 +196,20 @@ class Trainer:
         metric = self._evaluate(step) if evaluation_due and (last or not stop) else None
         improved = metric is not None and (self.best_metric is None or metric > self.best_metric)
         if last or stop or improved or (every_save and step % every_save == 0):
-            with pulse.phase("save"):
-                self._publish()
+            self._publish()
+            with self.doing("save"):
                 self.store.save(self.engine, self.state(step, metric), self.text.tokenizer, self.card, best=improved)
-                if last or stop or not self.config.checkpoint.asynchronous:
-                    self._publish(" (stopping: a signal asked for it)" if stop else "")
             if improved:
                 self.best_metric = metric
+            if last or stop or not self.config.checkpoint.asynchronous:
+                self._publish(" (stopping: a signal asked for it)" if stop else "")
         return stop or last
+
+    @contextlib.contextmanager
+    def doing(self, name: str) -> Iterator[None]:
+        """Something that is no part of a step: other ranks are told, and its seconds are booked."""
+        with pulse.phase(name), self.ledger.booked(name):
+            yield
 
     def state(self, step: int, metric: float | None) -> TrainerState:
         """What a checkpoint after `step` says of the run."""
@@ -202,13 +217,15 @@ class Trainer:
         return TrainerState(step, world_size(), self.engine.stage, hashed, metric, self.position, self.settings)
 
     def _publish(self, why: str = "") -> None:
-        if saved := self.store.publish():
+        with self.doing("save"):
+            saved = self.store.publish()
+        if saved:
             self.progress.say(f"saved {saved}{why}")
 
     def _evaluate(self, step: int) -> float | None:
         if self.dev is None:
             return None
-        with pulse.phase("evaluate"):
+        with self.doing("evaluate"):
             metrics = evaluate(self.encoder, *self.dev).metrics
         self.log.scalars(step, {f"dev/{name}": value for name, value in metrics.items()})
         self.progress.say(f"step {step} · dev " + " · ".join(f"{name} {value:.3f}" for name, value in metrics.items()))

@@ -109,6 +109,9 @@ def test_config_and_errors_are_at_the_bottom():
         "laser_dist.redaction",
         "laser_dist.redaction.check_address",
         "laser_dist.redaction.find_secret",
+        "laser_dist.renamed",  # which imports errors alone
+        "laser_dist.renamed.rename_flags",
+        "laser_dist.renamed.rename_keys",
     }
 
 

@@ -30,7 +30,7 @@ def for_attempt(run: Path, attempt: int) -> dict[str, str]:
 
 def write_environment(path: Path, extra: dict[str, str], own_bin: Path, *, launcher: str = "pdsh") -> None:
     """A `.deepspeed_env` for the hosts: the user's own, this shell's, `own_bin` first on the path, and `extra`."""
-    lines = dict(_own())
+    lines = dict(own_lines())
     # srun hands everything over by itself, and would cut values at their commas.
     forwarded = (
         {}
@@ -46,7 +46,7 @@ def write_environment(path: Path, extra: dict[str, str], own_bin: Path, *, launc
     path.write_text("".join(f"{name}={value}\n" for name, value in lines.items()), encoding="utf-8")
 
 
-def _own() -> Iterator[tuple[str, str]]:
+def own_lines() -> Iterator[tuple[str, str]]:
     """Lines of the user's files, which DeepSpeed looks for in the home folder and here. UserError for a bad one."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     for file in (Path.home() / name, Path(name)):

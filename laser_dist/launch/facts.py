@@ -15,6 +15,7 @@ from typing import Any
 from laser_dist.config import ModelConfig, RunConfig
 from laser_dist.data.streaming.sets import TrainingData
 from laser_dist.reading import decode_json
+from laser_dist.run_folder import existing_folder
 
 PACKAGES = (
     "torch",
@@ -30,6 +31,8 @@ LARGEST_HEADER = 100_000_000
 """Bytes; safetensors itself reads no longer ones."""
 ADAM_BYTES = 16
 """Bytes of a checkpoint per trained parameter: at most 4 of weights in model/, 4 of master weights, 8 of Adam's."""
+CLOCK_TOLERANCE = 5.0
+"""Seconds; more confuse time stamps of shared files and the order of log lines."""
 
 
 @dataclass
@@ -63,7 +66,7 @@ def collect(config: RunConfig, ds_config: dict[str, Any], data: TrainingData, de
         facts.device = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         facts.alike["GPU"] = properties.name
         facts.alike["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-    facts.free_bytes = shutil.disk_usage(_existing(Path(config.output))).free
+    facts.free_bytes = shutil.disk_usage(existing_folder(Path(config.output))).free
     return facts
 
 
@@ -111,6 +114,13 @@ def parameters(config: ModelConfig) -> int | None:
     return total or None
 
 
+def checkpoint_bytes(config: RunConfig) -> float:
+    """About what one checkpoint takes; 0 where it is small (LoRA) or not known (hub models, truncated ones)."""
+    if config.model.lora_rank or config.model.layers:
+        return 0.0
+    return float(ADAM_BYTES * (parameters(config.model) or 0))
+
+
 def _guarded(facts: Facts, what: str, read: Any) -> str:
     try:
         return read() or ""
@@ -139,11 +149,3 @@ def _code() -> str:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
-
-
-def _existing(path: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path

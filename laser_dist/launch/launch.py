@@ -10,6 +10,7 @@ from laser_dist.errors import UserError
 from laser_dist.launch.attempt import Attempt, Result, Signals
 from laser_dist.launch.options import HELP, Job, parse
 from laser_dist.run_folder import latest_checkpoint
+from laser_dist.run_page.report import page_at_end
 from laser_dist.watch.pulse import STEPPING
 from laser_dist.watch.verdict import Verdict
 
@@ -26,7 +27,8 @@ def main(arguments: list[str]) -> int:
     job = parse(arguments)
     with Signals() as signals:
         job = _ready(job)
-        return _supervise(job, signals).code
+        with page_at_end(job.output):  # rank 0 writes it, too, unless it was killed
+            return _supervise(job, signals).code
 
 
 def say(line: str) -> None:

@@ -44,6 +44,7 @@ _VALUES = {
     *("--ssh_port", "--venv_script", "--log_level"),
 }
 _SHORT = {"-H": "--hostfile", "-i": "--include", "-e": "--exclude", "--num_accelerators": "--num_gpus"}
+_NUMBERS = {"--num_gpus", "--num_nodes", "--master_port", "--node_rank", "--ssh_port"}
 _OUR_FLAGS = {"--takeover", "--skip-poisoned-step"}
 _OURS = {"--max-restarts", "--backoff"} | _OUR_FLAGS
 LAUNCHERS = ("pdsh", "openmpi", "slurm", "mpich", "impi", "mvapich")
@@ -84,6 +85,8 @@ class Job:
 def parse(arguments: list[str]) -> Job:
     """UserError for whatever can be known to be wrong before a process starts on any host."""
     options, training = _split(arguments)
+    for name in _NUMBERS & options.keys():  # DeepSpeed's launcher would complain, after ten seconds, under its own name
+        _number(options, name, 0)
     ours = {name: options.pop(name) for name in _OURS & options.keys()}
     job = Job(
         config=load_config(training, prog="laser-dist launch"),

@@ -18,12 +18,10 @@ from laser_dist.config import RunConfig
 from laser_dist.data.streaming.sets import TrainingData
 from laser_dist.distributed.collectives import barrier, gather_objects, gather_table, rank, world_size
 from laser_dist.errors import UserError
-from laser_dist.launch.facts import ADAM_BYTES, Facts, collect, parameters
+from laser_dist.launch.facts import CLOCK_TOLERANCE, Facts, checkpoint_bytes, collect
 
 SMALL, LARGE = 64 * 2**10, 32 * 2**20
 """Bytes of the two all-reduces: one shows latency, the other bandwidth."""
-CLOCK_TOLERANCE = 5.0
-"""Seconds; more confuse time stamps of shared files and the order of log lines."""
 SHARED_WITHIN = 5.0
 """Seconds a file may take to show on another host: network file systems remember what was not there."""
 
@@ -84,13 +82,6 @@ def report(everyone: list[Facts], clocks: list[float], speeds: list[dict[str, fl
     if everyone[0].free_bytes < wanted:
         lines.append(f"WARNING: checkpoint.keep asks for about {wanted / 2**30:.1f} GiB in the output folder")
     return lines
-
-
-def checkpoint_bytes(config: RunConfig) -> float:
-    """About what one checkpoint takes; 0 where it is small (LoRA) or not known (hub models, truncated ones)."""
-    if config.model.lora_rank or config.model.layers:
-        return 0.0
-    return float(ADAM_BYTES * (parameters(config.model) or 0))
 
 
 def _who(ranks: list[int], everyone: list[Facts]) -> str:

@@ -13,8 +13,7 @@ from laser_dist.config import ObjectiveConfig
 from laser_dist.distributed.collectives import gather_rows, gather_rows_with_gradient, rank, world_size
 from laser_dist.errors import UserError
 from laser_dist.model.retriever import unit
-
-TERMS = ("infonce_latent", "infonce_explicit", "kl_output", "kl_trajectory")
+from laser_dist.objective.terms import TERMS
 
 
 @dataclass(frozen=True)

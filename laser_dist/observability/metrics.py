@@ -4,18 +4,17 @@ import contextlib
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
-
-import numpy as np
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, NamedTuple
 
 from laser_dist.config import RunConfig, to_toml
 from laser_dist.files import replacing
-from laser_dist.objective.alignment import TERMS
+from laser_dist.objective.terms import TERMS
 from laser_dist.reading import decode_json
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 # name -> (unit, how it is reduced over ranks, what it says)
 SCALARS = {
@@ -80,6 +79,64 @@ SCALARS = {
     "memory/peak": ("GiB", "max", "peak of the accelerator's allocations, or of the process's resident set on CPU"),
 }
 
+
+class Healthy(NamedTuple):
+    """What a scalar looks like in a run that goes well; limits where a number can tell it."""
+
+    text: str
+    low: float | None = None
+    high: float | None = None
+
+    def fits(self, value: float) -> bool:
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+
+_MACHINE = Healthy("none known: depends on the machine; compare with another run on the same")
+
+# For every name in SCALARS, what is healthy, judged by the median of a run's last tenth. The limits are rules of thumb
+# of this project, not measured thresholds: they say where to look first.
+HEALTHY = {
+    **{f"loss/{term}": Healthy("finite; contrastive ones falling from about ln N", low=-1e-3) for term in TERMS},
+    "loss/total": Healthy("finite, and falling once all weights are up", low=-1e-3),
+    **{f"weight/{term}": Healthy("as the recipe says", low=0) for term in TERMS},
+    **{f"gradient_norm/{term}": Healthy("none known; the terms within a factor of 10 of each other") for term in TERMS},
+    "train/gradient_norm": Healthy("steady; one step at many times the median is a bad batch", low=1e-6),
+    "train/learning_rate": Healthy("as the schedule says", low=0),
+    "train/chunks": Healthy("none known; fewer are faster", low=1),
+    "train/epoch": Healthy("none known", low=0),
+    "train/positive_mean_rank": Healthy("far below chance, (N + 1) / 2, after warm-up, or labels are wrong", low=1),
+    "train/latent_top1_accuracy": Healthy("rising", 0, 1),
+    "train/explicit_top1_accuracy": Healthy("rising, at first above the latent view's", 0, 1),
+    "train/soft_token_entropy": Healthy("above 0.01, where a soft token is one word, and below ln V", low=0.01),
+    "train/false_negatives_masked": Healthy("below 0.05; more: many duplicate passages", 0, 0.05),
+    "data/prompts_cut": Healthy("below 0.05; more: raise text.max_query_tokens or max_passage_tokens", 0, 0.05),
+    "data/rationales_cut": Healthy("below 0.1; more: raise text.max_explicit_tokens", 0, 0.1),
+    "data/fewer_segments_than_steps": Healthy("below 0.2; more: lower thinking.steps", 0, 0.2),
+    "data/queries_reusing_negatives": Healthy("below 0.2; more: mine more negatives, or lower data.negatives", 0, 0.2),
+    "data/skipped_shards": Healthy("0", 0, 0),
+    "data/skipped_examples": Healthy("0", 0, 0),
+    "speed/tokens_per_second": _MACHINE,
+    "speed/queries_per_second": _MACHINE,
+    "speed/tokens_per_sweep": Healthy("thousands on a GPU; with few, kernels are too short to fill it"),
+    "speed/model_tflops": _MACHINE,
+    "speed/mfu": Healthy("none known for this method; nothing was measured on a GPU yet", 0, 1),
+    "time/data": Healthy("below 5 % of the step; more: raise data.workers"),
+    "time/wait": Healthy("below 5 % of the step; more: one rank's data is slow"),
+    "time/forward": _MACHINE,
+    "time/loss": _MACHINE,
+    "time/backward": _MACHINE,
+    "time/optimizer": _MACHINE,
+    "ranks/slowest": Healthy("changing; always the same one is a slow host"),
+    "ranks/lag": Healthy("below 10 % of the step"),
+    "ranks/imbalance": Healthy("below 1.5; more: texts' lengths differ much between ranks", 1, 1.5),
+    "communication/gathered": Healthy("none known: follows from N and D"),
+    "profile/compute": Healthy("above 0.5", low=0.5),
+    "profile/communication": Healthy("below 0.3", high=0.3),
+    "profile/idle": Healthy("below 0.2", high=0.2),
+    "memory/peak": Healthy("level after the first steps; growing is a leak"),
+}
+UNKNOWN = Healthy("none known")
+
 # What one wants to see in one chart: TensorBoard's "custom scalars" tab.
 CHARTS = {
     "objective": {
@@ -106,10 +163,12 @@ class MetricsLog:
         self.file = folder / "metrics.jsonl"
         self.writer: SummaryWriter | None = None
         if enabled:
+            from torch.utils import tensorboard  # here, because who reads the legend needs no torch
+
             folder.mkdir(parents=True, exist_ok=True)
             # What an interrupted run logged after its last checkpoint is about to happen again.
             self._forget_after(start_step)
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+            self.writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Record values after optimizer step `step`."""
@@ -132,8 +191,11 @@ class MetricsLog:
         }
         self.writer.add_custom_scalars(layout)
         self.writer.add_text("config", "```toml\n" + to_toml(config) + "```")
-        legend = "\n".join(f"| {n} | {u} | {r} | {d} |" for n, (u, r, d) in SCALARS.items())
-        self.writer.add_text("legend", "| scalar | unit | over ranks | meaning |\n|---|---|---|---|\n" + legend)
+        legend = "\n".join(
+            f"| {n} | {u} | {r} | {d} | {HEALTHY.get(n, UNKNOWN).text} |" for n, (u, r, d) in SCALARS.items()
+        )
+        titles = "| scalar | unit | over ranks | meaning | healthy |\n|---|---|---|---|---|\n"
+        self.writer.add_text("legend", titles + legend)
         self.writer.flush()
 
     def text(self, step: int, name: str, markdown: str) -> None:
@@ -166,8 +228,9 @@ class MetricsLog:
             self.writer.close()
 
 
-def _pixels(figure: "Figure") -> np.ndarray:
+def _pixels(figure: "Figure") -> "np.ndarray":
     """(height, width, 3) uint8."""
+    import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

@@ -21,7 +21,8 @@ from laser_dist.batch import PackedBatch, Views
 from laser_dist.distributed.collectives import gather_rows, rank, world_size
 from laser_dist.model.retriever import unit
 from laser_dist.model.thinking import aligned_segments
-from laser_dist.objective.alignment import TERMS, AlignmentObjective, LossTerms
+from laser_dist.objective.alignment import AlignmentObjective, LossTerms
+from laser_dist.objective.terms import TERMS
 
 
 @dataclass

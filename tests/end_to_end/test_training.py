@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from laser_dist import LaserEncoder
 from laser_dist.data import sample_folder
 from laser_dist.observability.metrics import SCALARS
+from laser_dist.run_page.read import read_run
 from laser_dist.testing import run_command, run_distributed, tiny_model_folder
 
 STEPS = 6
@@ -129,6 +130,11 @@ def test_a_killed_run_resumes_exactly(setting: Path, tmp_path: Path) -> None:
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
     losses = [[row["loss/total"] for row in rows(tmp_path / name)] for name in ("whole", "killed")]
     assert len(losses[0]) == STEPS and losses[0] == losses[1]
+    ledger = read_run(tmp_path / "killed").account
+    assert ledger is not None and [attempt.how for attempt in ledger.attempts] == ["no end", "finished"]
+    assert abs(ledger.unaccounted) <= 0.01 * ledger.wall and min(ledger.parts.values()) >= 0
+    assert all(ledger.parts[part] > 0 for part in ("train", "start", "save", "restart"))
+    assert (tmp_path / "killed/run.html").stat().st_size > 10_000
 
 
 def wait_for(condition, seconds: float = 120) -> None:

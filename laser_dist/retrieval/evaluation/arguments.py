@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from laser_dist.errors import UserError
+from laser_dist.run_folder import existing_folder
 
 if TYPE_CHECKING:
     from laser_dist.retrieval.card import RetrieverCard
@@ -75,6 +76,8 @@ def check_flags(args: Arguments) -> None:
     for flag, path in (("--out", args.out), ("--run-file", args.run_file), ("--plot", args.plot)):
         if path is not None and path.is_dir():
             raise UserError(f"{flag} {path}: is a folder: give the name of a file")
+        if path is not None and not existing_folder(path.parent).is_dir():
+            raise UserError(f"{flag} {path}: {existing_folder(path.parent)} is a file: choose another folder")
     three = [flag for flag in FILES if getattr(args, flag) is not None]
     ways = [" ".join(f"--{flag}" for flag in three)] * bool(three)
     ways += [f"--{flag}" for flag in ("data", "task") if getattr(args, flag) is not None]

@@ -107,6 +107,8 @@ def _load(path: Path) -> dict[str, Any]:
             raise ValueError("per_query: values of at least two queries expected")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a result file of `laser-dist evaluate`: it is not even text") from None
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"{path}: not a result file of `laser-dist evaluate` ({error!r})") from None
     return results
