@@ -167,13 +167,14 @@ def same_data(loaded: TrainingBatch) -> TrainingBatch:
     return gather_objects(loaded)[0]
 
 
-def _wrong_pairs(p: Any) -> Any:
-    """Each query's label is another's positive, and its keys say so, too: a data set whose rows were mixed up."""
-    return p.labels_B.roll(1)
+def mixed_up(loaded: TrainingBatch) -> TrainingBatch:
+    """Any passage as a query's positive, as if the rows of the data had been mixed up: keys say so, too.
 
-
-def _keys_of_wrong_pairs(p: Any) -> Any:
-    return p.passage_keys_P[p.labels_B.roll(1)][:, None]
+    Were it another query's positive, a model could learn what positives have in common, and leave chance.
+    """
+    p = loaded.packed
+    labels_B = torch.randperm(len(p.passage_keys_P))[: p.queries]
+    return replace(loaded, packed=replace(p, labels_B=labels_B, positive_keys_BX=p.passage_keys_P[labels_B][:, None]))
 
 
 NAN, INF = float("nan"), float("inf")
@@ -188,8 +189,7 @@ ANOMALIES = (
     Anomaly("the learning rate is NaN", ("schedule",), learning_rates(lambda rate: NAN)),
     Anomaly("the weight of a term is infinite", ("finite", "schedule"), broken_weight),
     Anomaly("labels are shifted by one", ("labels",), packed(labels_B=lambda p: p.labels_B + 1)),
-    Anomaly("positives of other queries, from the beginning", ("mean_rank",),
-            packed(labels_B=_wrong_pairs, positive_keys_BX=_keys_of_wrong_pairs), at=0, late=64,
+    Anomaly("queries with any passages, from the beginning", ("mean_rank",), batches(mixed_up), at=0, late=64,
             flags=("--guard.rank-after", "64")),
     Anomaly("all passages have one vector", ("spread",), thoughts(collapsed)),
     Anomaly("all negatives are masked", ("negatives",), packed(

@@ -132,9 +132,12 @@ class Engine:
         norm before the update: what it raises (on all ranks alike) leaves parameters and optimizer states as they were,
         and the engine good for looking at, not for training on.
         """
-        self.judge = judge
+        self.judge, groups = judge, self.optimizer.param_groups
         if hasattr(self.ds.optimizer, "_global_grad_norm"):
-            self.ds.step()  # finds a non-finite norm before it updates anything, and skips the update
+            try:
+                self.ds.step()  # finds a non-finite norm before it updates anything, and skips the update
+            finally:
+                self.optimizer.param_groups = groups  # DeepSpeed takes the others away while one is updated
             norm = float(self.ds.get_global_grad_norm() or 0.0)
         else:  # ZeRO-0 in float32 is the bare optimizer, which would update with anything
             norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None]))
