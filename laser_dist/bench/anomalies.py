@@ -139,7 +139,8 @@ def learning_rates(rate: Callable[[float], float]) -> Any:
 
 def stale_gather(trainer: Trainer, stack: contextlib.ExitStack) -> None:
     """On rank 1, rank 0's passages are not those it sent: a buffer that was read too early."""
-    right = alignment.gather_rows_with_gradient
+    module: Any = alignment
+    right = module.gather_rows_with_gradient
 
     def gather(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         found = right(rows, dtype)
@@ -147,8 +148,8 @@ def stale_gather(trainer: Trainer, stack: contextlib.ExitStack) -> None:
             found = torch.cat([found[: len(rows)].detach() + 0.01, found[len(rows) :]])
         return found
 
-    alignment.gather_rows_with_gradient = gather
-    stack.callback(setattr, alignment, "gather_rows_with_gradient", right)
+    module.gather_rows_with_gradient = gather
+    stack.callback(setattr, module, "gather_rows_with_gradient", right)
 
 
 def broken_parameter(trainer: Trainer, stack: contextlib.ExitStack) -> None:
@@ -173,6 +174,7 @@ def mixed_up(loaded: TrainingBatch) -> TrainingBatch:
     Were it another query's positive, a model could learn what positives have in common, and leave chance.
     """
     p = loaded.packed
+    assert p.passage_keys_P is not None
     labels_B = torch.randperm(len(p.passage_keys_P))[: p.queries]
     return replace(loaded, packed=replace(p, labels_B=labels_B, positive_keys_BX=p.passage_keys_P[labels_B][:, None]))
 
@@ -228,7 +230,7 @@ def _caught(recipe: Path, output: Path, anomaly: Anomaly, stage: str) -> dict[st
             before[:] = [fingerprint(trainer)]
             return right(number, stream)
 
-        trainer.step = step  # type: ignore[method-assign]
+        trainer.step = step  # type: ignore[method-assign, assignment]
         message = ""
         try:
             trainer.fit()

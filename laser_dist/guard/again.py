@@ -147,8 +147,9 @@ def run_again(
         for r, micro in enumerate(micros):
             micro.row_norms_R, micro.gradients = views[r].row_norms_R, _lengths(gradients[r])
             again.rows += _rows(objective, r, number, micro, views[r], passages_ND, keys_N)
-    found = [p.grad for p in retriever.parameters() if p.grad is not None]
-    again.gradient_norm = float(torch.nn.utils.get_total_norm(found))
+    again.gradient_norm = float(
+        torch.nn.utils.get_total_norm([p.grad for p in retriever.parameters() if p.grad is not None])
+    )
     return again
 
 

@@ -8,7 +8,7 @@ and parameters, optimizer states and the data's position are those before the st
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -138,7 +138,8 @@ class Guard:
 
     def _broken_parameters(self) -> str:
         """Names of parameters that are not finite, on any rank: for a message."""
-        named = self.engine.module.lm.named_parameters()
+        lm: Any = self.engine.module.lm
+        named = lm.named_parameters()
         tensors = ((name, getattr(p, "ds_tensor", p).detach()) for name, p in named)
         own = [name for name, x in tensors if not torch.isfinite(x).all()]
         found = sorted({name for names in gather_objects(own) for name in names})

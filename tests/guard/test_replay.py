@@ -82,8 +82,8 @@ def test_the_command_shows_rows_and_answers(dump: Path, tmp_path: Path, capsys) 
     out = tmp_path / "replay.json"
     assert main(["replay", str(dump), "--rows", "3", "--dtype", "float64", "--out", str(out)]) == 0
     told, result = capsys.readouterr().out, json.loads(out.read_text())
-    assert "Does the anomaly come back? yes" in told and "3 of 16" in told
-    assert result["reproduced"] is True and len(result["rows"]) == 16
+    assert "Does the anomaly come back? yes" in told and "3 of 8" in told
+    assert result["reproduced"] is True and len(result["rows"]) == 8
     gradients = [row["gradient"] for row in result["rows"]]
     assert gradients == sorted(gradients, reverse=True)
     assert result["gradient_norm"] > 0
