@@ -29,6 +29,7 @@ COMMANDS = {
     ),
     "plan": ("laser_dist.planning.cli", "Estimate memory and time of a step on given GPUs, and write a recipe"),
     "train": ("laser_dist.train", "Train a retriever from a TOML recipe"),
+    "replay": ("laser_dist.guard.replay", "Run the batch of an alarm again, and say whether the anomaly comes back"),
     "launch": ("laser_dist.launch.launch", "Train on one host or many, and restart after failures"),
     "report": ("laser_dist.run_page.report", "Write a run as one HTML page: curves, time, alarms, configuration"),
     "search": ("laser_dist.retrieval.search.search", "Find the best passages of queries in an encoded corpus"),

@@ -341,6 +341,39 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What all ranks check together before a step changes a parameter; each rule is in guard/rules.py with its reason.
+
+    Terms and gradients that are not finite stop a run whatever is set here.
+    """
+
+    alarm: Literal["stop", "warn", "off"] = "stop"
+    """stop before the update, with the batch in OUTPUT/alarms; or say it and train on; off: look for nothing else."""
+    row_norm: float = 1e-3
+    """Least length of a vector before it gets unit length, as a share of the median: a row's gradient grows by the
+    inverse of its length, so that clipping, which sees the sum, would erase all other rows' from a step."""
+    spread: float = 1e-4
+    """Least variance of a rank's passage vectors (1 - length of their mean squared): at this one, tau = 0.02 tells
+    logits apart by 0.005, the loss is log N, and there is no gradient left to come back with."""
+    gradient_spike: float = 100.0
+    """Largest gradient norm, in medians of the last steps (or in optimizer.gradient_clipping where that is more)."""
+    rank_after: int = 500
+    """Optimizer steps after which the positive's mean rank must be below chance."""
+    checksums_every: int = 100
+    """Steps between comparisons of what ranks hold in common, parameters that ranks train alone included; 0: never."""
+    dump_weights: bool = False
+    """Put the weights of the moment beside a dumped batch; else `replay` takes the newest checkpoint before it."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.row_norm < 1, "guard.row_norm", self.row_norm, "a share of the median: 0 (off) to 1")
+        _require(0 <= self.spread < 1, "guard.spread", self.spread, "a variance of unit vectors: 0 (off) to 1")
+        spike = self.gradient_spike
+        _require(1 < spike < math.inf, "guard.gradient_spike", spike, "must be finite and more than 1")
+        _require(self.rank_after >= 0, "guard.rank_after", self.rank_after, "steps: must be 0 or more")
+        _require(self.checksums_every >= 0, "guard.checksums_every", self.checksums_every, "steps, or 0 for never")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """What is written to TensorBoard and metrics.jsonl."""
 
@@ -421,6 +454,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -1,14 +1,13 @@
 """The training loop. One optimizer step reads top to bottom in `Trainer.step`:
 
-batch -> Views (maybe in chunks) -> gathered passages -> four terms -> finite on every rank? -> backward -> update.
+batch -> Views (maybe in chunks) -> gathered passages -> four terms -> good on every rank? -> backward -> update.
 """
 
 import contextlib
-import math
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -16,15 +15,16 @@ from laser_dist.config import RunConfig
 from laser_dist.data.streaming.loader import TrainingBatch, training_batches
 from laser_dist.distributed.checkpoint import CheckpointStore, TrainerState
 from laser_dist.distributed.collectives import gather_objects, gather_table, rank, world_size
-from laser_dist.distributed.engine import Engine, NonFiniteGradient, launched_world_size
+from laser_dist.distributed.engine import Engine, launched_world_size
 from laser_dist.distributed.grad_cache import GradCache
 from laser_dist.errors import UserError
+from laser_dist.guard.guard import Guard
 from laser_dist.identity import fingerprint
 from laser_dist.launch.meeting import meet
 from laser_dist.launch.preflight import preflight
 from laser_dist.model.backbone import check_attention, load_backbone, prepare_for_training
 from laser_dist.model.retriever import LaserRetriever
-from laser_dist.objective.alignment import AlignmentObjective, LossTerms
+from laser_dist.objective.alignment import AlignmentObjective
 from laser_dist.observability.clock import StepClock
 from laser_dist.observability.console import TrainingProgress
 from laser_dist.observability.flops import ModelSize, peak_flops
@@ -57,7 +57,8 @@ class Trainer:
         if config.launch.preflight:
             with pulse.phase("preflight"):
                 preflight(config, ds_config, self.data, device)
-        self.objective = AlignmentObjective(config.objective, config.trajectory_temperature)
+        guarded = config.guard.alarm != "off"
+        self.objective = AlignmentObjective(config.objective, config.trajectory_temperature, evidence=guarded)
         self.kernel = self.objective.kernel_on(device)
         self.attention = check_attention(config.model, device)
         torch.manual_seed(config.seed)
@@ -77,6 +78,7 @@ class Trainer:
             reduce_once=config.reduce_once,
         )
         self.grad_cache = GradCache(self.engine)
+        self.guard = Guard(config, self.data, self.engine)
         torch.manual_seed(config.seed + 1 + rank())  # ranks drop out differently; they did not initialise differently
         self.card = RetrieverCard.of(config)
         self.encoder = LaserEncoder(self.retriever, self.text, self.card, over_ranks=True)
@@ -113,6 +115,7 @@ class Trainer:
             StepProfiler(config.profile, output, self.engine.device, self.log, self.progress.say) as profiler,
             ledger as self.ledger,
         ):
+            self.guard.say = self.progress.say
             self.log.config(config)
             self._announce(start)
             rehearsal = Rehearsal(self, start)
@@ -139,6 +142,7 @@ class Trainer:
         config, clock = self.config, self.clock
         rate = learning_rate(step, self.total_steps, config.optimizer)
         self.engine.set_learning_rate(rate)
+        self.guard.begin(step, rate, self.objective.weights(step))
         norms_due = config.logging.term_gradient_norms_every and step % config.logging.term_gradient_norms_every == 0
         rows = []
         with self.engine.reduction():
@@ -147,25 +151,25 @@ class Trainer:
                     loaded, chunks = self._next(batches)
                     batch = loaded.packed.to(self.engine.device)
                     pulse.examples(batch.query_ids)
+                    self.guard.note(loaded, batch, chunks)
                 with clock.phase("forward"):
                     views = self.grad_cache.forward(batch, chunks)
                 with clock.phase("loss"):
                     loss = self.objective(views, batch, step)
-                self._check_finite(step, loss, batch.query_ids)
+                    values = self.guard.check(views, loss)
                 vectors = [x for x in views[:4] if x is not None]
                 norms = term_gradient_norms(loss, vectors) if norms_due else {}
                 with clock.phase("backward"):
                     self.grad_cache.backward(loss.total, last=micro_batch == config.train.accumulation)
-                rows.append(micro_batch_scalars(loaded, loss, self.size) | {"train/chunks": float(chunks)} | norms)
+                rows.append(micro_batch_scalars(loaded, values, self.size) | {"train/chunks": float(chunks)} | norms)
         with clock.phase("optimizer"):
-            try:
-                gradient_norm = self.engine.step()
-            except NonFiniteGradient:
-                self._refuse(step, "the gradient is not finite on at least one rank", batch.query_ids)
+            self.guard.check_replicas()
+            gradient_norm = self.guard.update()
         self.position += self.queries_per_step
         return {
             **step_scalars(rows, clock, self.queries_per_step, self.peak_flops),
             **{f"weight/{name}": value for name, value in self.objective.weights(step).items()},
+            **self.guard.scalars,
             "train/gradient_norm": gradient_norm,
             "train/learning_rate": rate,
             "train/epoch": loaded.epoch,
@@ -271,20 +275,6 @@ class Trainer:
                 self.quarantine.add(found, rank=r)
         assert loaded is not None
         return loaded, int(max(row["chunks"] for row in table))
-
-    def _check_finite(self, step: int, loss: LossTerms, query_ids: tuple[str, ...]) -> None:
-        """Stop, on all ranks alike, before a term that is not a number reaches a gradient."""
-        table = gather_table({name: float(value.detach()) for name, value in loss.terms.items()})
-        bad = [f"{name} on rank {r}" for r, row in enumerate(table) for name in row if not math.isfinite(row[name])]
-        if bad:
-            self._refuse(step, f"not finite: {', '.join(bad)}", query_ids)
-
-    def _refuse(self, step: int, reason: str, query_ids: tuple[str, ...]) -> NoReturn:
-        ids = "; ".join(f"rank {r}: {', '.join(own)}" for r, own in enumerate(gather_objects(query_ids)))
-        raise UserError(
-            f"step {step + 1}: {reason}. No parameter was updated; the last checkpoint is good. Queries of the last "
-            f"micro-batch: {ids}. Look at these examples, lower optimizer.learning_rate, or ramp objective weights in"
-        )
 
     def _announce(self, start: int) -> None:
         model = self.config.model

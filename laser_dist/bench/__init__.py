@@ -19,6 +19,7 @@ BENCHMARKS = {
     "latency": "laser_dist.bench.latency",
     "scaling": "laser_dist.bench.scaling",
     "faults": "laser_dist.bench.faults",
+    "guard": "laser_dist.bench.guard",
 }
 USAGE = """usage: laser-dist bench NAME ...
 
@@ -34,6 +35,7 @@ benchmarks:
   encode   Texts per second of LaserEncoder and of sentence-transformers, on mixed lengths
   corpus   `encode` and exact search of a large corpus, killed and continued: bytes, memory, time
   latency  Encoding with K latent steps, one encoder pass, and rewriting before encoding: time, ratios
+  guard    Anomalies put into real trainings and clean steps: what is caught, false alarms, overhead
   scaling  Bytes held and sent and FLOPs of a step on 1, 2 and 4 processes, counted, beside what `plan` says
   faults   Real runs struck by faults in every phase: which recover, which stop, who is blamed, how soon
 

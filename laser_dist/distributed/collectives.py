@@ -98,6 +98,17 @@ def gather_table(values: dict[str, float]) -> list[dict[str, float]]:
     return [dict(zip(values, row, strict=True)) for row in rows.tolist()]
 
 
+def gather_scalars(values: dict[str, Tensor], known: dict[str, float]) -> list[dict[str, float]]:
+    """`gather_table` of scalars on this rank's device and of numbers that the host knows; synchronises once.
+
+    All are exact as float64, whole numbers up to 2^53.
+    """
+    host = torch.tensor(list(known.values()), dtype=torch.float64).to(_device(), non_blocking=True)
+    own = torch.cat([torch.stack([x.detach().to(_device(), torch.float64) for x in values.values()]), host])
+    names = [*values, *known]
+    return [dict(zip(names, row, strict=True)) for row in gather_rows(own[None]).tolist()]
+
+
 def gather_objects(value: T) -> list[T]:
     """Every rank's value, in rank order; slow, for rare occasions."""
     everyone: list[Any] = [value] * world_size()

@@ -5,7 +5,7 @@ forward -> backward (as often as it takes; gradients are averaged over micro-bat
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
@@ -84,6 +85,9 @@ class Engine:
             model=module, optimizer=optimizer, model_parameters=self.trained, config=ds_config
         )
         self.optimizer = optimizer
+        self.judge: Callable[[float], None] | None = None
+        # Whatever the stage, all its updates go through this optimizer, when the norm is known and nothing has changed.
+        optimizer.register_step_pre_hook(lambda *_: self._consult())
 
     @property
     def device(self) -> torch.device:
@@ -121,21 +125,55 @@ class Engine:
         for group in self.ds.optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def step(self) -> float:
+    def step(self, judge: Callable[[float], None] | None = None) -> float:
         """Update the parameters at the end of an accumulation window; returns the global gradient norm before clipping.
 
-        Raises NonFiniteGradient, on every rank alike, with all parameters as they were.
+        Raises NonFiniteGradient, on every rank alike, with all parameters as they were. `judge` is called with a finite
+        norm before the update: what it raises (on all ranks alike) leaves parameters and optimizer states as they were,
+        and the engine good for looking at, not for training on.
         """
+        self.judge, groups = judge, self.optimizer.param_groups
         if hasattr(self.ds.optimizer, "_global_grad_norm"):
-            self.ds.step()  # finds a non-finite norm before it updates anything, and skips the update
+            try:
+                self.ds.step()  # finds a non-finite norm before it updates anything, and skips the update
+            finally:
+                self.optimizer.param_groups = groups  # DeepSpeed takes the others away while one is updated
             norm = float(self.ds.get_global_grad_norm() or 0.0)
         else:  # ZeRO-0 in float32 is the bare optimizer, which would update with anything
             norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None]))
             if math.isfinite(norm):
+                self._consult(norm)
                 self.ds.step()
         if not (math.isfinite(norm) and norm >= 0):
             raise NonFiniteGradient
         return norm
+
+    def _consult(self, norm: float | None = None) -> None:
+        """Once per step; DeepSpeed calls the optimizer for each of its groups."""
+        judge, self.judge = self.judge, None
+        if judge is not None:
+            judge(float(self.ds.optimizer._global_grad_norm) if norm is None else norm)
+
+    def replicated(self) -> dict[str, Tensor]:
+        """Name -> what every rank holds whole, and alike: all parameters, but under ZeRO-3 the small ones only."""
+        named = self.module.lm.named_parameters()
+        if self.stage < 3:
+            return {name: p.detach() for name, p in named}
+        return {name: p.detach() for name, p in named if p.ds_persist and p.numel() == p.ds_numel}
+
+    def masters(self) -> list[tuple[Tensor, Tensor]]:
+        """This rank's parts of the parameters, each with the float32 copy that the optimizer updates (ZeRO-1 to 3)."""
+        inner = self.ds.optimizer
+        if self.stage == 3:
+            low, high = inner.fp16_partitioned_groups_flat, inner.fp32_partitioned_groups_flat
+        elif hasattr(inner, "parallel_partitioned_bit16_groups"):
+            high = inner.single_partition_of_fp32_groups
+            groups = zip(inner.parallel_partitioned_bit16_groups, inner.real_dp_process_group, strict=True)
+            low = [parts[dist.get_rank(group)] for parts, group in groups]
+        else:
+            return []
+        # Empty or absent: what is offloaded to a disk.
+        return [(x, y.detach()) for x, y in zip(low, high, strict=True) if x is not None and x.numel() == y.numel()]
 
     @contextmanager
     def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:

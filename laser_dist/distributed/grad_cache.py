@@ -18,8 +18,10 @@ from laser_dist.distributed.engine import Engine
 class GradCache:
     """Forward and backward of one micro-batch at a time through the engine, in as many chunks as asked for."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, *, always: bool = False):
+        """`always`: run twice also what fits into one chunk, so that no graph outlives its own chunk's turn."""
         self.engine = engine
+        self.always = always
 
     def forward(self, batch: PackedBatch, chunks: int) -> Views:
         """The batch's views, ready for a loss. All ranks must ask for equally many chunks."""
@@ -27,7 +29,7 @@ class GradCache:
         self.states: list[list[Tensor]] = []
         rows = [torch.tensor(chunk) for chunk in split_rows(batch.lengths_R.tolist(), chunks)]
         self.chunks = [chunk.to(batch.lengths_R.device) for chunk in rows]
-        if chunks == 1:
+        if chunks == 1 and not self.always:
             self.views = self.engine(batch)
             return self.views
         parts = []
@@ -40,12 +42,15 @@ class GradCache:
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradient of a loss of these views to the parameters'; `last` of those that the step averages."""
-        if len(self.chunks) == 1:
+        if not self.states:
             self.engine.backward(loss, last=last)
             return
         leaves = [x for x in self.views if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(loss, leaves, allow_unused=True))
-        gradients = [next(found) if x is not None and x.requires_grad else None for x in self.views]
+        self.pass_on([next(found) if x is not None and x.requires_grad else None for x in self.views], last=last)
+
+    def pass_on(self, gradients: list[Tensor | None], *, last: bool = True) -> None:
+        """Run the chunks again with these gradients of the fields of their views (None: it has none)."""
         for number, (chunk, state) in enumerate(zip(self.chunks, self.states, strict=True), start=1):
             set_random_state(state, self.engine.device)
             views = self.engine(self.batch.select(chunk))
@@ -62,26 +67,28 @@ class GradCache:
 def _places(chunk: Tensor, queries: int) -> Views:
     """For each field of Views, where a chunk's rows lie in the whole batch's."""
     of_queries, of_passages = chunk[chunk < queries], chunk[chunk >= queries] - queries
-    return Views(of_queries, of_passages, of_queries, of_queries, of_queries, chunk)
+    return Views(of_queries, of_passages, of_queries, of_queries, of_queries, chunk, chunk)
 
 
 def _join(parts: list[Views], chunks: list[Tensor], queries: int) -> Views:
     """The chunks' views in the batch's order, as leaves that take gradients."""
     places = [_places(chunk, queries) for chunk in chunks]
-    joined: list[Tensor | None] = []
-    for field in Views._fields[:-1]:
+    joined: dict[str, Tensor | None] = {}
+    for field in Views._fields:
+        if field == "soft_token_entropy":  # a mean, and no rows
+            continue
         found = [(getattr(part, field), getattr(at, field)) for part, at in zip(parts, places, strict=True)]
         kept = [(x, at) for x, at in found if x is not None]
         if not kept:
-            joined.append(None)
+            joined[field] = None
             continue
         order = torch.cat([at for _, at in kept]).argsort()
-        joined.append(torch.cat([x for x, _ in kept])[order].requires_grad_())
+        joined[field] = torch.cat([x for x, _ in kept])[order].requires_grad_(field != "row_norms_R")
     rows = sum(map(len, chunks))
     entropy = torch.stack(
         [part.soft_token_entropy * len(chunk) / rows for part, chunk in zip(parts, chunks, strict=True)]
     )
-    return Views(*joined, entropy.sum())  # type: ignore[arg-type, call-arg]  # queries and passages are there
+    return Views(**joined, soft_token_entropy=entropy.sum())  # type: ignore[arg-type]  # queries and passages are there
 
 
 def random_state(device: torch.device) -> list[Tensor]:

@@ -37,12 +37,17 @@ class LaserRetriever(nn.Module):
     def forward(self, batch: PackedBatch) -> Views:
         """Both views of B queries and the vectors of P passages; see `Views` for the shapes."""
         hidden_TD, thoughts_RKD, entropy = self.think(batch)
-        vectors_RD = unit(thoughts_RKD.mean(1))
+        means_RD = thoughts_RKD.mean(1)
+        vectors_RD = unit(means_RD)
+        row_norms_R = _norms(means_RD)
         b = batch.queries
         teacher_BD = segments_BKD = None
         if batch.has_rationale:
             eos_B = batch.lengths_R.cumsum(0)[:b] - 1
-            teacher_BD = unit(hidden_TD[eos_B])
+            eos_BD = hidden_TD[eos_B]
+            teacher_BD = unit(eos_BD)
+            shortest_B = torch.minimum(_norms(eos_BD), _norms(thoughts_RKD[:b]).amin(1))
+            row_norms_R = torch.cat([row_norms_R[:b].minimum(shortest_B), row_norms_R[b:]])
             segment_BK = aligned_segments(batch.segments_B, self.steps, self.convention)
             segments_BKD = hidden_TD[batch.segment_ends_BM.gather(1, segment_BK)]
         return Views(
@@ -52,6 +57,7 @@ class LaserRetriever(nn.Module):
             teacher_BD=teacher_BD,
             segments_BKD=segments_BKD,
             soft_token_entropy=entropy,
+            row_norms_R=row_norms_R,
         )
 
     def think(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,6 +101,12 @@ class LaserRetriever(nn.Module):
                 "honours attn_implementation (Qwen3, Llama, Mistral, ...)"
             )
         return output.last_hidden_state[0]
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Lengths of rows, without gradient, in float32 (float64 stays)."""
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=precise)
 
 
 def unit(x: Tensor) -> Tensor:

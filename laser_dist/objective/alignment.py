@@ -1,6 +1,6 @@
 """The objective: LaSER's four terms with their weights, over passages gathered from all ranks (see spec)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from laser_dist.config import ObjectiveConfig
 from laser_dist.distributed.collectives import gather_rows, gather_rows_with_gradient, rank, world_size
 from laser_dist.errors import UserError
 from laser_dist.model.retriever import unit
+from laser_dist.objective.evidence import COLUMNS, checksums, mixed, without_negatives, wrong_labels
 from laser_dist.objective.terms import TERMS
 
 
@@ -23,6 +24,10 @@ class LossTerms:
     terms: dict[str, Tensor]
     total: Tensor
     diagnostics: dict[str, Tensor]
+    evidence: dict[str, Tensor] = field(default_factory=dict)
+    """What the guard compares over ranks, see `evidence.py`."""
+    received_W: Tensor | None = None
+    """Checksums of the passages that came from each rank."""
 
 
 class AlignmentObjective:
@@ -32,9 +37,11 @@ class AlignmentObjective:
     number of ranks: rows are local, passages are gathered with a SUM reduce-scatter backward, nothing is rescaled.
     """
 
-    def __init__(self, config: ObjectiveConfig, trajectory_temperature: float):
+    def __init__(self, config: ObjectiveConfig, trajectory_temperature: float, *, evidence: bool = False):
+        """`evidence`: also collect what the guard wants to see."""
         self.config = config
         self.trajectory_temperature = trajectory_temperature
+        self.evidence = evidence
 
     def weights(self, step: int) -> dict[str, float]:
         """Weight of each term at an optimizer step (from 0); the distillation terms ramp in over `ramp_steps`."""
@@ -55,13 +62,34 @@ class AlignmentObjective:
 
     def __call__(self, views: Views, batch: PackedBatch, step: int) -> LossTerms:
         """Compare this rank's B queries with the N passages of all ranks; called by every rank alike."""
-        config, weights = self.config, self.weights(step)
-        assert batch.labels_B is not None, "a batch without queries has nothing to compare"
-        dtype, ring = self._score_dtype(views), config.passages == "ring" and world_size() > 1
+        dtype, ring = self.score_dtype(views), self.config.passages == "ring" and world_size() > 1
         passages_ND = views.passage_PD.to(dtype) if ring else gather_rows_with_gradient(views.passage_PD, dtype)
+        keys_N = batch.passage_keys_P
+        if keys_N is not None and self.config.mask_false_negatives and not ring:
+            keys_N = gather_rows(keys_N)
+        return self.compare(views, batch, step, passages_ND, keys_N, ranks=(rank(), world_size()), ring=ring)
+
+    def compare(
+        self,
+        views: Views,
+        batch: PackedBatch,
+        step: int,
+        passages_ND: Tensor,
+        keys_N: Tensor | None,
+        *,
+        ranks: tuple[int, int],
+        ring: bool = False,
+    ) -> LossTerms:
+        """The terms of the queries of one of W ranks, `ranks` = (rank, W), whose passages are all there.
+
+        `keys_N`: of these passages; of the rank's own where nothing is masked. `ring`: the passages are the rank's own,
+        and the others' pass by.
+        """
+        config, weights, dtype = self.config, self.weights(step), passages_ND.dtype
+        assert batch.labels_B is not None, "a batch without queries has nothing to compare"
+        first = 0 if ring else ranks[0] * len(views.passage_PD)
         mask: dict[str, Any] = {}
-        if config.mask_false_negatives and batch.passage_keys_P is not None:
-            keys_N = batch.passage_keys_P if ring else gather_rows(batch.passage_keys_P)
+        if config.mask_false_negatives and keys_N is not None:
             mask = {"query_ids": batch.positive_keys_BX, "passage_ids": keys_N}
         with_teacher = views.teacher_BD is not None and (config.explicit_weight > 0 or config.output_weight > 0)
         with_steps = views.segments_BKD is not None and config.trajectory_weight > 0
@@ -71,7 +99,7 @@ class AlignmentObjective:
             unit(views.query_steps_BKD).to(dtype) if with_steps else None,
             unit(views.segments_BKD.detach()).to(dtype) if with_steps and views.segments_BKD is not None else None,
             passages_ND,
-            batch.labels_B if ring else batch.labels_B + rank() * len(views.passage_PD),
+            batch.labels_B + first,
             temperature=config.temperature,
             distill_temperature=config.distill_temperature,
             trajectory_temperature=self.trajectory_temperature,
@@ -83,10 +111,21 @@ class AlignmentObjective:
         terms = dict(zip(TERMS, alignment.terms, strict=True))
         # A term of weight 0 stays out of the graph: it is reported where it comes for free, and costs no backward.
         total = torch.stack([weights[name] * value for name, value in terms.items() if weights[name] > 0]).sum()
-        columns = len(views.passage_PD) * world_size()
-        return LossTerms(terms, total, self._diagnostics(views, alignment, columns))
+        columns = len(views.passage_PD) * ranks[1]
+        diagnostics = self._diagnostics(views, alignment, columns)
+        if not self.evidence:
+            return LossTerms(terms, total, diagnostics)
+        labels_B = batch.labels_B + (first if mask else 0)
+        received_W = checksums(passages_ND, 1 if ring else ranks[1])
+        evidence = {
+            "wrong_labels": wrong_labels(batch, labels_B, keys_N),
+            "without_negatives": without_negatives(alignment.dropped_B, columns),
+            "sent": checksums(views.passage_PD[:, :COLUMNS].to(dtype), 1)[0],
+            "received": mixed(received_W),
+        }
+        return LossTerms(terms, total, diagnostics, evidence, None if ring else received_W)
 
-    def _score_dtype(self, views: Views) -> torch.dtype:
+    def score_dtype(self, views: Views) -> torch.dtype:
         """Vectors come in float32; a GPU's tensor cores want the model's dtype, which is half the bytes to gather."""
         vectors = views.query_BD
         if self.config.score_dtype != "auto" and vectors.dtype != torch.float64:

@@ -23,6 +23,17 @@ SCALARS = {
     **{f"weight/{term}": ("1", "equal on all ranks", f"weight of {term} at this step") for term in TERMS},
     **{f"gradient_norm/{term}": ("1/cosine", "mean", f"norm of d {term} / d vectors and states") for term in TERMS},
     "train/gradient_norm": ("1", "global", "norm of all gradients before clipping"),
+    "guard/shortest_row": (
+        "share",
+        "min",
+        "shortest vector of the last micro-batch before it gets unit length, of the rank's median; see guard.row_norm",
+    ),
+    "guard/passage_spread": ("1", "max", "variance of a rank's passage vectors, last micro-batch; see guard.spread"),
+    "guard/gradient_share": (
+        "share",
+        "global",
+        "norm of the gradient over the one that stops; 0 until there is a median to compare with",
+    ),
     "train/learning_rate": ("1", "equal on all ranks", "of this step"),
     "train/chunks": ("chunks", "equal on all ranks", "that a micro-batch ran in; see train.chunk_tokens"),
     "train/epoch": ("epochs", "equal on all ranks", "passes over the data so far"),

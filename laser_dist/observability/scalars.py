@@ -13,8 +13,8 @@ from laser_dist.observability.flops import ModelSize
 Scalars = dict[str, float]
 
 
-def micro_batch_scalars(loaded: TrainingBatch, loss: LossTerms, size: ModelSize) -> Scalars:
-    """What one rank knows of one micro-batch."""
+def micro_batch_scalars(loaded: TrainingBatch, values: Scalars, size: ModelSize) -> Scalars:
+    """What one rank knows of one micro-batch; `values`: its row of the guard's table."""
     counts, packed = loaded.counts, loaded.packed
     shares = {
         "prompts_cut": counts["prompts_cut"] / counts["rows"],
@@ -24,9 +24,7 @@ def micro_batch_scalars(loaded: TrainingBatch, loss: LossTerms, size: ModelSize)
         shares[name] = counts[name] / counts["rationales"]
     tokens, rows = float(len(packed.tokens_T)), len(packed.lengths_R)
     return {
-        **{f"loss/{name}": float(value.detach()) for name, value in loss.terms.items()},
-        "loss/total": float(loss.total.detach()),
-        **{f"train/{name}": float(value) for name, value in loss.diagnostics.items()},
+        **{name: value for name, value in values.items() if name.startswith(("loss/", "train/"))},
         **{f"data/{name}": value for name, value in shares.items()},
         "speed/tokens_per_sweep": (tokens + size.soft * rows) / (1 + size.soft),
         "tokens": tokens,
