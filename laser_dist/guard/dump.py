@@ -26,6 +26,7 @@ from laser_dist.batch import PackedBatch
 from laser_dist.config import RunConfig, read_recipe, to_toml
 from laser_dist.distributed.collectives import barrier, gather_objects, rank, world_size
 from laser_dist.distributed.engine import Engine
+from laser_dist.distributed.together import Together
 from laser_dist.distributed.weights import save_model
 from laser_dist.errors import UserError
 from laser_dist.files import sync_folder, write_json
@@ -118,7 +119,9 @@ def write_dump(
     staging = final.with_name(f".{final.name}.partial")
     problems = gather_objects(_write_own(staging, micros))
     if weights and not any(problems):
-        save_model(engine, staging / "model", config.checkpoint.max_shard_gb)
+        writes = Together()
+        save_model(engine, staging / "model", config.checkpoint.max_shard_gb, writes)
+        problems = [writes.problem()]
     if rank() == 0 and not any(problems):
         problems = [_publish(staging, final, report, config)]
     problem = next(filter(None, gather_objects(next(filter(None, problems), None))), None)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from laser_dist.config import RunConfig
-from laser_dist.objective.alignment import TERMS
 from laser_dist.objective.evidence import MODULUS
+from laser_dist.objective.terms import TERMS
 
 Table = list[dict[str, float]]
 

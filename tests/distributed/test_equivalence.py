@@ -15,7 +15,8 @@ from laser_dist.distributed.engine import Engine, NonFiniteGradient, init_distri
 from laser_dist.distributed.grad_cache import GradCache
 from laser_dist.model.backbone import load_backbone, load_tokenizer, prepare_for_training
 from laser_dist.model.retriever import LaserRetriever
-from laser_dist.objective.alignment import TERMS, AlignmentObjective
+from laser_dist.objective.alignment import AlignmentObjective
+from laser_dist.objective.terms import TERMS
 from laser_dist.testing import assert_close_relative, run_distributed, tiny_model_folder
 
 # Gradients here reach 20 and are good to 7e-5 in float32 (against float64): this rate moves weights by up to their own

@@ -8,8 +8,8 @@ import pytest
 from laser_dist.config import GuardConfig, ObjectiveConfig, RunConfig
 from laser_dist.guard import rules
 from laser_dist.guard.rules import CHECKS, RULES, Alarm, Moment, Windows
-from laser_dist.objective.alignment import TERMS
 from laser_dist.objective.evidence import MODULUS
+from laser_dist.objective.terms import TERMS
 
 CONFIG = RunConfig(guard=GuardConfig(rank_after=10))
 MOMENT = Moment(step=20, queries=32, passages=64, whole_pass=3)

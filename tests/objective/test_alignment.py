@@ -9,7 +9,8 @@ from torch import Tensor
 from laser_dist.batch import PackedBatch, Views
 from laser_dist.config import ObjectiveConfig, RunConfig, ThinkingConfig
 from laser_dist.model.retriever import unit
-from laser_dist.objective.alignment import TERMS, AlignmentObjective
+from laser_dist.objective.alignment import AlignmentObjective
+from laser_dist.objective.terms import TERMS
 from laser_dist.testing import assert_close_relative, run_distributed
 from laser_dist.testing.published import all_rows_loss
 
