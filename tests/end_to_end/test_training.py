@@ -271,7 +271,7 @@ def test_a_weight_that_is_not_a_number_stops_the_run_before_the_update(setting: 
         (["--model.name", "/no/such/model"], ["model.name", "/no/such/model", "does not exist"]),
         (["--evaluation.metric", "ndgc@10"], ["evaluation.metric", "ndcg@10"]),
         (["--train.deepspeed", "zero9"], ["train.deepspeed", "zero3.json"]),
-        (["--data.negatives", "1", "--thinking.steps", "0"], ["thinking.steps", "at least 1"]),
+        (["--data.negatives", "1", "--thinking.steps", "0"], ["thinking.steps", "from 1 to 1024"]),
     ],
 )
 def test_a_mistake_is_one_message_before_training(
