@@ -16,7 +16,7 @@ class Row:
     act: str
     """Of acts.py."""
     phase: str
-    """Of a pulse, or "init": before the ranks have met."""
+    """Of a pulse, or "init", when its phase is still "start": just before the ranks meet."""
     ends: Literal["recovered", "unharmed", "stopped", "saved"]
     """recovered: by a restart, with the weights of a run without faults; unharmed: the same in one attempt, without an
     alarm; stopped: with an error; saved: a checkpoint, and exit code 75."""
@@ -51,7 +51,7 @@ def _died(act: str, phase: str, cause: str = "", **other: object) -> Row:
 
 
 DEATHS = (
-    Row("killed", "init", "recovered", step=0),
+    _died("killed", "init", step=0),
     _died("killed", "preflight", step=0, flags=("--launch.preflight",)),
     _died("killed", "load", step=0),
     *(_died("killed", phase) for phase in ("data", "wait", "forward", "loss", "backward", "optimizer")),
