@@ -40,7 +40,7 @@ class Row:
     @property
     def name(self) -> str:
         if not self.act:
-            return f"shard {self.shards} | data | -" if self.shards else f"HTTP {', '.join(self.server)} | data | -"
+            return f"shard {self.shards} | data | -" if self.shards else f"HTTP {self.server[0]} | data | -"
         where = f"{self.phase}, step {self.step}" if self.step else self.phase
         again = ", each time" if self.attempts > ONCE else ""
         return f"{self.act} | {where}{again} | rank {self.rank}"
@@ -124,6 +124,6 @@ HTTP = (
         Row("", "data", "unharmed", server=(fault,), flags=SERVER)
         for fault in ("408", "429", "500", "503", "reset", "truncated", "altered", "stall", "stall within")
     ),
-    Row("", "data", "stopped", "failed", "404", placed=False, server=("404",) * 99, flags=SERVER),
+    Row("", "data", "stopped", "failed", "it does not exist", placed=False, server=("404",) * 99, flags=SERVER),
 )
 ROWS = (*DEATHS, *STOPS, *HANGS, *ERRORS, *SIGNALS, *NO_ALARM, *NUMBERS, *SHARDS, *HTTP)
