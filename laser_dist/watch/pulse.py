@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -178,7 +178,7 @@ class Pulse:
         return max(self.beat.brief, self.limits.data_seconds) if phase == "data" else self.beat.brief
 
     def _write(self) -> None:
-        self._pwrite(json.dumps(asdict(self.beat), ensure_ascii=False).encode().ljust(RECORD), 0)
+        self._pwrite(json.dumps(vars(self.beat), ensure_ascii=False).encode().ljust(RECORD), 0)
 
     def _pwrite(self, content: bytes, offset: int) -> None:
         with suppress(OSError):

@@ -97,7 +97,7 @@ class Watchdog:
         if not self.claimed.acquire(blocking=False):
             time.sleep(600)  # the other thread is about to end the process
         self.found_at = time.time()
-        faulthandler.dump_traceback_later(LAST_RESORT, exit=True, file=self.stacks.file)
+        self._insist()
         found = self._explain(error) if stacks.is_communication(error) else None
         finding = found or Finding(self.own.rank, "failed", reason)
         self.pulse.end(code, finding.rank, finding.kind, finding.cause)
@@ -181,11 +181,15 @@ class Watchdog:
             time.sleep(0.05)
         if not self.claimed.acquire(blocking=False):
             return
-        # From here on in C as well, which no lock that another thread holds can delay.
-        faulthandler.dump_traceback_later(LAST_RESORT, exit=True, file=self.stacks.file)
+        self._insist()
         self.stacks.write(f"rank {finding.rank} {finding.kind}: {finding.cause}")
         self._conclude(finding)
         self.leave(1, f"ended because rank {finding.rank} {finding.kind}")
+
+    def _insist(self) -> None:
+        """The process ends in LAST_RESORT seconds, by a thread in C, which no lock of the interpreter's can delay."""
+        with suppress(RuntimeError):  # no thread can be started: memory is short
+            faulthandler.dump_traceback_later(LAST_RESORT, exit=True, file=self.stacks.file)
 
     def _explain(self, error: BaseException) -> Finding | None:
         """Whose loss an error of communication is about; None if no rank is known to be lost."""

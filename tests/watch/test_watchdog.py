@@ -107,6 +107,13 @@ def job(tmp_path: Path):
         ("ctypes.PyDLL(None).sem_wait(bytes(64))", "locked", -9, "interpreter is locked"),
         ("raise KeyError('x')", "failed", 1, "KeyError: 'x'"),
         ("raise UserError('mend this')", "failed", 1, "mend this"),
+        # Then no thread can be started either.
+        (
+            "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**20, 2**40)); bytearray(2**28)",
+            "failed",
+            1,
+            "MemoryError",
+        ),
         ("collective()", "hung", 1, "all ranks wait for each other"),
     ],
 )

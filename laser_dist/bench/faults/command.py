@@ -1,6 +1,5 @@
 """The command: which rows, how they ended, and the table."""
 
-import json
 import os
 import sys
 import tempfile
@@ -9,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from laser_dist.errors import UserError
+from laser_dist.files import write_json
 
 HELP = """Strike a real run on two ranks with each of the faults in the table, and check how it ends.
 
@@ -49,19 +49,14 @@ def main(arguments: list[str]) -> int:
         print("\n".join(f"{row.name}: {row.ends}" for row in rows))
         return 0
     with tempfile.TemporaryDirectory(prefix="laser-dist-faults-") as name:
-        ended = run_rows(rows, Path(name), cold=settings.cold)
-    if settings.out is not None:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        (settings.out / "faults.md").write_text(markdown(ended), encoding="utf-8")
-        found = {"date": _date(), "rows": [asdict(end) for end in ended]}
-        (settings.out / "faults.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        ended = run_rows(rows, Path(name), cold=settings.cold, out=settings.out)
     right = sum(not end.problems for end in ended)
     print(f"{right} of {len(ended)} rows ended as they must")
     return 0 if right == len(ended) else 1
 
 
-def run_rows(rows: list, root: Path, *, cold: bool = False) -> list:
-    """Each row after the other, with a line for each as it ends."""
+def run_rows(rows: list, root: Path, *, cold: bool = False, out: Path | None = None) -> list:
+    """Each row after the other, with a line for each as it ends, and what is known so far in `out`."""
     from laser_dist.bench.faults import warm
     from laser_dist.bench.faults.run import build, run_row, weights
     from laser_dist.bench.faults.table import Row
@@ -80,6 +75,10 @@ def run_rows(rows: list, root: Path, *, cold: bool = False) -> list:
         print(f"{number}/{len(rows)} {end.name} | {end.ends}: {told} ({_times(end)}{end.seconds:.0f} s)", flush=True)
         if end.problems:
             print("\n".join(f"    {line}" for line in end.output[-40:]), file=sys.stderr, flush=True)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "faults.md").write_text(markdown(ended), encoding="utf-8")
+            write_json(out / "faults.json", {"date": _date(), "rows": [asdict(end) for end in ended]})
     return ended
 
 

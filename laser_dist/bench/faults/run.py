@@ -166,7 +166,8 @@ def _problems(
     if bool(row.kind) != bool(told):
         problems.append(f"verdict: {told.line if told else 'none'}")
     if told and row.kind:
-        expected_place = (row.rank, row.step, row.phase) if row.placed else (told.rank, told.step, told.phase)
+        phase = "start" if row.phase == "init" else row.phase
+        expected_place = (row.rank, row.step, phase) if row.placed else (told.rank, told.step, told.phase)
         if (told.kind, told.rank, told.step, told.phase) != (row.kind, *expected_place):
             problems.append(f"verdict: {told.line}")
         if not list(outcome.folder(output, 1).glob("stacks-*.txt")):

@@ -16,7 +16,7 @@ class Row:
     act: str
     """Of acts.py."""
     phase: str
-    """Of a pulse, or "init": before the ranks have met."""
+    """Of a pulse, or "init", when its phase is still "start": just before the ranks meet."""
     ends: Literal["recovered", "unharmed", "stopped", "saved"]
     """recovered: by a restart, with the weights of a run without faults; unharmed: the same in one attempt, without an
     alarm; stopped: with an error; saved: a checkpoint, and exit code 75."""
@@ -40,7 +40,7 @@ class Row:
     @property
     def name(self) -> str:
         if not self.act:
-            return f"shard {self.shards} | data | -" if self.shards else f"HTTP {', '.join(self.server)} | data | -"
+            return f"shard {self.shards} | data | -" if self.shards else f"HTTP {self.server[0]} | data | -"
         where = f"{self.phase}, step {self.step}" if self.step else self.phase
         again = ", each time" if self.attempts > ONCE else ""
         return f"{self.act} | {where}{again} | rank {self.rank}"
@@ -51,7 +51,7 @@ def _died(act: str, phase: str, cause: str = "", **other: object) -> Row:
 
 
 DEATHS = (
-    Row("killed", "init", "recovered", step=0),
+    _died("killed", "init", step=0),
     _died("killed", "preflight", step=0, flags=("--launch.preflight",)),
     _died("killed", "load", step=0),
     *(_died("killed", phase) for phase in ("data", "wait", "forward", "loss", "backward", "optimizer")),
@@ -124,6 +124,6 @@ HTTP = (
         Row("", "data", "unharmed", server=(fault,), flags=SERVER)
         for fault in ("408", "429", "500", "503", "reset", "truncated", "altered", "stall", "stall within")
     ),
-    Row("", "data", "stopped", "failed", "404", placed=False, server=("404",) * 99, flags=SERVER),
+    Row("", "data", "stopped", "failed", "it does not exist", placed=False, server=("404",) * 99, flags=SERVER),
 )
 ROWS = (*DEATHS, *STOPS, *HANGS, *ERRORS, *SIGNALS, *NO_ALARM, *NUMBERS, *SHARDS, *HTTP)
