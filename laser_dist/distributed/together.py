@@ -5,7 +5,8 @@ from typing import ParamSpec, TypeVar
 
 from laser_dist.distributed.collectives import gather_objects
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Together:
