@@ -184,15 +184,11 @@ def _slice(corpus: Corpus, queries: Queries, qrels: Qrels) -> tuple[Corpus, Quer
     relevant = {name for i in chosen for name, grade in qrels[queries.ids[i]].items() if grade > 0}
     order = sorted(range(len(corpus)), key=lambda i: (corpus.ids[i] not in relevant, -len(corpus.texts[i])))
     rows = order[: max(PASSAGES, len(relevant))]
+    ids, texts = [queries.ids[i] for i in chosen], [queries.texts[i] for i in chosen]
     return (
         Corpus(*([column[i] for i in rows] for column in (corpus.ids, corpus.texts, corpus.titles))),
-        Queries(
-            [queries.ids[i] for i in chosen],
-            [queries.texts[i] for i in chosen],
-            [queries.instructions[i] for i in chosen],
-            [queries.rationales[i] for i in chosen],
-        ),
-        {queries.ids[i]: qrels[queries.ids[i]] for i in chosen},
+        Queries(ids, texts, [queries.instructions[i] for i in chosen], [queries.rationales[i] for i in chosen]),
+        {name: qrels[name] for name in ids},
     )
 
 

@@ -163,7 +163,7 @@ class Life:
         from laser_dist.trainer import Trainer
 
         config = load_config(self._flags())
-        trainer = Trainer(config, resolve(config.train.deepspeed, config))
+        trainer: Any = Trainer(config, resolve(config.train.deepspeed, config))
         step, following = trainer.step, trainer._next
         ids: list[str] = []
         seconds = [0.2]
@@ -194,7 +194,7 @@ class Life:
                 signal.pause()
             return values
 
-        trainer._next, trainer.step = next_batch, recorded  # type: ignore[method-assign, assignment]
+        trainer._next, trainer.step = next_batch, recorded
         trainer.fit()
         signal.setitimer(signal.ITIMER_REAL, 0)
 

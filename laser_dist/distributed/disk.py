@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from laser_dist.distributed.engine import Engine
 from laser_dist.errors import UserError
@@ -17,8 +18,9 @@ def checkpoint_bytes(engine: Engine) -> int:
     up to ZeRO-2 the weights once more.
     """
     total = 0
-    lora = hasattr(engine.module.lm, "peft_config")
-    for parameter in engine.module.parameters():
+    lm: Any = engine.module.lm
+    lora = hasattr(lm, "peft_config")
+    for parameter in lm.parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())
         if parameter.requires_grad or not lora:
             total += count * parameter.element_size()
