@@ -174,8 +174,13 @@ class TextFormat:
             adds_bos = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
             return ([bos] if adds_bos else []), []
         rendered = bounded(
-            lambda: self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            lambda: str(
+                self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": _MARK}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    enable_thinking=False,
+                )
             )
         )
         if rendered is None:
