@@ -26,7 +26,7 @@ Examples:
   laser-dist bench damage --rounds 9 --examples 2000 --out damage.json
 """
 SHARD = 1  # the one that is damaged; not the first, so that readers have begun
-Damage = Callable[[Path, list[Path], list[int]], None]  # shard, all shards, offsets of its members
+Damage = Callable[[Path, list[Path], list[int]], object]  # shard, all shards, offsets of its members
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +120,6 @@ def _rewrite(path: Path, at: int) -> None:
     path.write_bytes(content)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-
-
 # The first eight are those that stock readers were tried with; `middle` is where the middle member's header begins.
 DAMAGES: dict[str, Damage] = {
     "cut between members": lambda path, all_, offsets: _cut(path, offsets[len(offsets) // 2]),
@@ -135,10 +131,10 @@ DAMAGES: dict[str, Damage] = {
     "1 KiB of zeros": lambda path, all_, offsets: _zero(path, offsets[len(offsets) // 2]),
     "a bit in a payload": lambda path, all_, offsets: _flip(path, offsets[len(offsets) // 2] + 512 + 20),
     "a word in a payload": lambda path, all_, offsets: _rewrite(path, offsets[len(offsets) // 2] + 512),
-    "empty": lambda path, all_, offsets: _replace(path, b""),
+    "empty": lambda path, all_, offsets: path.write_bytes(b""),
     "missing": lambda path, all_, offsets: path.unlink(),
     "a member too many": lambda path, all_, offsets: _add_member(path),
-    "another shard's content": lambda path, all_, offsets: _replace(path, all_[0].read_bytes()),
+    "another shard's content": lambda path, all_, offsets: path.write_bytes(all_[0].read_bytes()),
     "swapped with another shard": lambda path, all_, offsets: _swap(path, all_[0]),
 }
 
@@ -278,7 +274,9 @@ def show(readings: list[Reading], found: dict[str, Any]) -> None:
     for what in ("packed", "rows") if found["cost"] else ():
         row = found["cost"][what]
         console.print(
-            f"{what}: {row['examples_per_second']:,.0f} examples/s with hashes, {row['without_hashes']:,.0f} without: "
-            f"{row['slowdown']:+.2%} time (median of {len(row['slowdowns'])} pairs, from "
-            f"{min(row['slowdowns']):+.2%} to {max(row['slowdowns']):+.2%})"
+            f"{what}: {row['examples_per_second']:,.0f} examples/s with hashes, {row['without_hashes']:,.0f} without; "
+            f"processor time {row['more_processor_time']:+.2%} (median of {len(row['pairs'])} pairs, from "
+            f"{min(row['pairs']):+.2%} to {max(row['pairs']):+.2%})"
         )
+    if found["cost"]:
+        console.print(f"hashing takes {found['cost']['share_of_packed']:.2%} of the processor time of packed batches")

@@ -95,7 +95,7 @@ def run_cases(cases: Cases, folder: Path) -> list[str]:
     problems = []
     for number, case in enumerate(cases.cases):
         place = folder / str(number)
-        place.mkdir()
+        place.mkdir(parents=True)
         problem, seconds, taken = _run(case, place)
         print(f"{seconds:6.2f} s {taken / 2**20:6.0f} MiB  {case.name}: {problem or 'ok'}", flush=True)
         if problem:
