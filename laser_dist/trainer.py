@@ -120,11 +120,12 @@ class Trainer:
             for step in range(start, self.total_steps):
                 with profiler.step(step + 1):
                     values = self.step(step, batches)
+                self.ledger.book("data", values["time/data"] + values["time/wait"])
                 if step % config.logging.every == 0 or step + 1 == self.total_steps:
                     self.log.scalars(step + 1, values)
                     self.progress.update(step + 1, values)
                 ended = self._after_step(step + 1)
-                self.ledger.step(step + 1, waited=values["time/data"] + values["time/wait"])
+                self.ledger.step(step + 1)
                 if ended:
                     return step + 1 == self.total_steps
         return True
