@@ -199,6 +199,10 @@ def test_a_page_that_fails_does_not_fail_the_run(tmp_path: Path, capsys: pytest.
     with page_at_end(make_run(tmp_path / "one", steps=2)):
         pass
     assert "no run.html: ZeroDivisionError" in capsys.readouterr().err
+    monkeypatch.setattr("laser_dist.run_page.report.LARGEST_AT_END", 10)
+    with page_at_end(tmp_path / "one"):
+        pass
+    assert "laser-dist report" in capsys.readouterr().err and not (tmp_path / "one/run.html").exists()
     with pytest.raises(KeyError), page_at_end(tmp_path / "nothing"):
         raise KeyError  # what ended the run stays
     assert capsys.readouterr().err == ""
