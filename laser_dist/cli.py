@@ -112,14 +112,22 @@ def _until_the_reader_goes(act: Callable[[], int]) -> int:
     """The code of `act`; 141, as shells have it, when the reader of our output, `head` say, has seen enough."""
     try:
         try:
-            return act()
-        finally:
-            with suppress(AttributeError, ValueError):  # closed, or none
-                sys.stdout.flush()  # at exit it would be too late for a word about it
+            code = act()
+        except SystemExit:  # tyro's, after help
+            _flush()
+            raise
+        _flush()
+        return code
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
         return 141
+
+
+def _flush() -> None:
+    """At exit, a pipe that is closed would be too late for a word about it."""
+    with suppress(AttributeError, ValueError):  # closed, or none
+        sys.stdout.flush()
 
 
 def _reader_is_gone() -> bool:

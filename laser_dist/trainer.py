@@ -120,19 +120,18 @@ class Trainer:
             self._announce(start)
             rehearsal = Rehearsal(self, start)
             for step in range(start, self.total_steps):
-                waited = 0.0
                 if step + 1 in config.data.skip_steps:
                     self._pass_over(step + 1)
                 else:
                     with profiler.step(step + 1), pulse.step(step + 1):
                         values = self.step(step, batches)
-                    waited = values["time/data"] + values["time/wait"]
+                    self.ledger.book("data", values["time/data"] + values["time/wait"])
                     if step % config.logging.every == 0 or step + 1 == self.total_steps:
                         self.log.scalars(step + 1, values)
                         self.progress.update(step + 1, values)
                     rehearsal(step + 1, values)
                 ended = self._after_step(step + 1)
-                self.ledger.step(step + 1, waited)
+                self.ledger.step(step + 1)
                 if ended:
                     return step + 1 == self.total_steps
         return True

@@ -106,19 +106,38 @@ def test_version_and_no_command(capsys) -> None:
 @pytest.mark.parametrize(
     "words", [["--help"], ["bench", "--help"], ["train", "--help"], ["launch", "--help"]], ids=" ".join
 )
-def test_a_reader_that_leaves_is_no_error(words: list[str]) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_error(words: list[str], unbuffered: str) -> None:
     """`laser-dist train --help | head -1`: the pipe is closed before anything is written."""
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
         [sys.executable, "-m", "laser_dist.cli", *words],
-        env=environment(),
+        env=environment() | {"PYTHONUNBUFFERED": unbuffered},
         stdout=writing,
         stderr=subprocess.PIPE,
         text=True,
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_failure_is_told_also_when_the_reader_has_left() -> None:
+    """Output that nobody reads must not turn an error into silence."""
+    code = (
+        "import sys; from laser_dist import cli\n"
+        "class Module:\n"
+        "    def main(_):\n"
+        "        sys.stdout.write('unread'); raise RuntimeError('a real one')\n"
+        "sys.modules['laser_dist.fake'] = Module\n"
+        "cli.run('laser_dist.fake', [])"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    buffered = environment() | {"PYTHONUNBUFFERED": ""}  # or the pipe would break before the error
+    done = subprocess.run([sys.executable, "-c", code], env=buffered, stdout=writing, stderr=-1, text=True)
+    os.close(writing)
+    assert "RuntimeError: a real one" in done.stderr and done.returncode not in (0, 141)
 
 
 def test_another_broken_pipe_is_an_error(monkeypatch) -> None:

@@ -28,7 +28,7 @@ def disk(context: Context) -> Finding:
 
         one = checkpoint_bytes(context.recipe)
         all_of_them = one * (context.recipe.checkpoint.keep + 2)
-        found += f", a checkpoint takes about {one / GIB:.1f}" if one else ""
+        found += f", a checkpoint takes about {one / GIB:.1f} GiB" if one > 0.05 * GIB else ""
         if free < one:
             return failed(found, "free some, or choose another --output: the first checkpoint would not fit")
         if free < all_of_them:

@@ -37,23 +37,24 @@ class RunLedger:
         self._seconds: dict[str, float] = defaultdict(float)
         self._since = time.perf_counter()
 
-    def step(self, number: int, waited: float) -> None:
-        """After all that belongs to optimizer step `number`, which waited so many seconds for its data."""
-        self._seconds["data"] += waited
-        self._seconds["train"] -= waited
+    def step(self, number: int) -> None:
+        """After all that belongs to optimizer step `number`."""
         self.number = number
         self._write({"step": number}, time.time())
 
+    def book(self, name: str, seconds: float) -> None:
+        """So much of what has passed since the last line was `name`: data (waiting for it), save or evaluate."""
+        self._seconds[name] += seconds
+        self._seconds["train"] -= seconds
+
     @contextlib.contextmanager
     def booked(self, name: str) -> Iterator[None]:
-        """What happens inside is booked on `name` (save, evaluate), in the next line."""
+        """What happens inside is booked on `name`."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            seconds = time.perf_counter() - began
-            self._seconds[name] += seconds
-            self._seconds["train"] -= seconds
+            self.book(name, time.perf_counter() - began)
 
     def _write(self, line: dict[str, Any], at: float) -> None:
         """A line with what was booked since the one before; what nobody booked was training."""

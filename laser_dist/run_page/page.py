@@ -91,14 +91,14 @@ def _time(account: Account | None) -> str:
     if account is None:
         return "<h2>Time</h2><p class=muted>No ledger.jsonl: an earlier version of laser_dist did not write one.</p>"
     rows = "".join(
-        f'<tr><td><i class="key {_CLASSES[name]}"></i>{name}</td><td class=n>{_duration(value)}</td>'
+        f'<tr><td class=w><i class="key {_CLASSES[name]}"></i>{name}</td><td class=n>{_duration(value)}</td>'
         f"<td class=n>{value / account.wall if account.wall else 0:.1%}</td><td>{PARTS[name]}</td></tr>"
         for name, value in account.parts.items()
     )
-    rest = account.unaccounted
+    rest = account.unaccounted if abs(account.unaccounted) >= 0.05 else 0.0
     rows += (
         f"<tr class=sum><td>wall time</td><td class=n>{_duration(account.wall)}</td><td></td>"
-        f"<td>unaccounted {rest:+.1f} s (the host's clock was set, or rounding)</td></tr>"
+        f"<td>unaccounted {rest:.1f} s (the host's clock was set, or rounding)</td></tr>"
     )
     attempts = "".join(
         f"<tr><td class=n>{index}</td><td>{_date(attempt.began)}</td><td class=n>{attempt.first:,}</td>"

@@ -99,10 +99,7 @@ def _alarms(folder: Path, damaged: list[Path]) -> Iterator[tuple[str, str]]:
     """What stopped or troubled the run: attempts that failed, ranks' last words, alarms, skipped examples."""
     for path in [*sorted(folder.glob("launch/*.json")), *sorted(folder.glob("launch/attempt-*/*.json"))]:
         record = next(_lines_of_json(path), {})
-        if isinstance(record.get("code"), int) and record["code"] not in (0, 75):
-            who = f"rank {record.get('rank', '?')} on {record.get('host', '?')}: "
-            yield str(path.relative_to(folder)), _short(who + str(record.get("reason") or "failed"))
-        elif "code" not in record and (said := _said(record)):
+        if record.get("code", 1) not in (0, 75) and (said := _said(record)):  # a verdict has none
             yield str(path.relative_to(folder)), said
     for path in sorted(folder.glob("alarms/*")):
         said = next(
@@ -125,11 +122,11 @@ def _lines_of_json(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _said(record: dict[str, Any]) -> str:
-    """The sentence of an alarm or a verdict."""
-    for key in ("message", "line", "verdict", "reason", "cause", "text"):
-        if isinstance(value := record.get(key), str) and value:
-            return _short(value)
-    return ""
+    """The sentence of an alarm, a verdict or a rank's outcome, and where it belongs."""
+    text = next((record[key] for key in ("message", "reason", "cause") if isinstance(record.get(key), str)), "")
+    where = [f"{key} {record[key]}" for key in ("rank", "step") if isinstance(record.get(key), int)]
+    where += [str(record[key]) for key in ("host", "phase", "rule", "kind") if isinstance(record.get(key), str)]
+    return _short(f"{', '.join(where)}: {text or 'failed'}" if where else text)
 
 
 def _short(text: str) -> str:

@@ -23,6 +23,8 @@ Examples:
   laser-dist report runs/first --out first.html
 """
 PAGE = "run.html"
+LARGEST_AT_END = 64 * 2**20
+"""Bytes of metrics.jsonl, some 40,000 steps: reading more would keep a run's end waiting for seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,10 @@ def page_at_end(run: Path, *, enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         try:
-            if enabled and any((run / name).is_file() for name in (METRICS, LEDGER)):
+            present = [path for name in (METRICS, LEDGER) if (path := run / name).is_file()] if enabled else []
+            if sum(path.stat().st_size for path in present) > LARGEST_AT_END:
+                print(f"{PAGE}: a long run; write its page with `laser-dist report {run}`", file=sys.stderr)
+            elif present:
                 write_page(run)
         except Exception as error:
             print(f"no {PAGE}: {type(error).__name__}: {error}", file=sys.stderr)

@@ -27,6 +27,7 @@ table{border-collapse:collapse;width:100%;font-size:.92em}
 td,th{text-align:left;padding:4px 10px 4px 0;border-bottom:1px solid var(--edge);vertical-align:top}
 th{color:var(--muted);font-weight:600}
 td.n,th.n{text-align:right}
+td.w{white-space:nowrap}
 td.n{font-variant-numeric:tabular-nums;white-space:nowrap}
 tr.sum td{border-bottom:0;font-weight:600}
 .scroll{overflow-x:auto}

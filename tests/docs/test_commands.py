@@ -73,17 +73,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / "launchers/recipes/qwen3-0.6b.toml", folder / name)
     (folder / "hosts").write_text("localhost slots=2\n")
     (folder / "rationale.txt").write_text("First, density.\n")
-    tiny_model_folder(folder / "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stocked(place: Path) -> Path:
+    """With a tiny model and a small set."""
+    tiny_model_folder(place / "tiny")
     rows = [json.loads(line) for line in (sample_folder() / "train.jsonl").read_text().splitlines()[:60]]
     for name in ("train.jsonl", "rows.jsonl"):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (place / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     passages = {p["id"]: p for row in rows for p in row["positives"] + row["negatives"]}
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(p) + "\n" for p in passages.values()))
+    (place / "corpus.jsonl").write_text("".join(json.dumps(p) + "\n" for p in passages.values()))
     queries = [{"id": row["query_id"], "text": row["query"]} for row in rows[:6]]
-    (folder / "queries.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries))
+    (place / "queries.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries))
     judged = "".join(f"{row['query_id']}\t{row['positives'][0]['id']}\t1\n" for row in rows[:6])
-    (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
-    return folder
+    (place / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    return place
 
 
 @pytest.fixture
@@ -188,7 +194,7 @@ def test_what_is_run_is_documented(documented) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_commands_do_what_they_say(place: Path) -> None:
+def test_commands_do_what_they_say(stocked: Path) -> None:
     """From rows to an explained query, in one folder, with the commands of the documentation."""
     wrong = []
     # One process for all but training, which makes a process group: importing torch takes longer than they do.
@@ -198,10 +204,10 @@ def test_commands_do_what_they_say(place: Path) -> None:
         groups += [[line], []] if is_train else []
         groups[-1] += [] if is_train else [line]
     for group in filter(None, groups):
-        wrong += _give(group, place)
+        wrong += _give(group, stocked)
     assert not wrong, "\n\n".join(wrong)
     for name in ("runs/first/run.html", "plan/recipe.toml", "results.json", "model/config.json", "run.trec"):
-        assert (place / name).stat().st_size > 0, name
+        assert (stocked / name).stat().st_size > 0, name
 
 
 _DRIVER = """

@@ -493,6 +493,7 @@ def test_nothing_is_left_behind(setting, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_real_ranks(tmp_path) -> None:
     """The loopback itself, and what its ranks report for the checks behind it."""

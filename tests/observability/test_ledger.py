@@ -26,7 +26,8 @@ def test_what_is_booked_is_not_training(tmp_path: Path) -> None:
                 time.sleep(0.05)
             with ledger.booked("save"):
                 time.sleep(0.05)
-            ledger.step(step, waited=0.01)
+            ledger.book("data", 0.01)
+            ledger.step(step)
     found = account(lines(tmp_path))
     assert found is not None and found.attempts[0].how == "finished"
     assert found.parts["evaluate"] >= 0.1 and found.parts["save"] >= 0.1
@@ -50,7 +51,7 @@ def test_an_error_and_a_signal_leave_their_end(tmp_path: Path) -> None:
     with pytest.raises(UserError), RunLedger(tmp_path, start_step=0, total_steps=9, enabled=True):
         raise UserError("step 3: not finite\nmore")
     with RunLedger(tmp_path, start_step=0, total_steps=9, enabled=True) as ledger:
-        ledger.step(1, waited=0)
+        ledger.step(1)
     found = account(lines(tmp_path))
     assert found is not None
     assert [(a.how, a.why) for a in found.attempts] == [("failed", "step 3: not finite"), ("stopped", "")]
@@ -58,7 +59,7 @@ def test_an_error_and_a_signal_leave_their_end(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_gone_does_not_end_a_run(tmp_path: Path) -> None:
     with RunLedger(tmp_path / "none", start_step=0, total_steps=1, enabled=True) as ledger:
-        ledger.step(1, waited=0)
+        ledger.step(1)
 
 
 _RUN = """
@@ -72,7 +73,8 @@ with RunLedger(Path(sys.argv[1]), start_step=first, total_steps=total, enabled=T
         if step % 2 == 0:
             with ledger.booked("save"):
                 time.sleep(0.1)
-        ledger.step(step, waited=0.05)
+        ledger.book("data", 0.05)
+        ledger.step(step)
         print(step, flush=True)
         if first == 0 and step == 5:
             time.sleep(600)

@@ -108,12 +108,21 @@ def test_alarms(tmp_path: Path) -> None:
     (run / "launch/attempt-1/rank-00001.json").write_text('{"rank": 1, "host": "b", "code": 1, "reason": "lost"}')
     (run / "launch/attempt-1/rank-00000.json").write_text('{"rank": 0, "host": "a", "code": 0}')
     (run / "alarms/step-000003").mkdir(parents=True)
-    (run / "alarms/step-000003/alarm.json").write_text('{"message": "row norm 0 on rank 1"}')
+    (run / "alarms/step-000003/alarm.json").write_text('{"rule": "row norm", "step": 3, "reason": "0 on rank 1"}')
+    verdict = {"rank": 1, "host": "b", "step": 3, "phase": "backward", "kind": "hung", "cause": "in a collective"}
+    (run / "launch/attempt-1/verdict.json").write_text(json.dumps(verdict))
     text = text_of(write_page(run))
     alarms = text[text.index("Alarms") : text.index("Attempts")]
-    for said in ("0.9 in the last tenth", "loss/total", "s/a.tar", "rank 1 on b: lost", "row norm 0 on rank 1"):
+    for said in (
+        "0.9 in the last tenth",
+        "loss/total",
+        "s/a.tar",
+        "rank 1, b: lost",
+        "step 3, row norm: 0 on rank 1",
+        "hung",
+    ):
         assert said in alarms, said
-    assert "rank 0 on a" not in alarms
+    assert "rank 0, a" not in alarms
 
 
 @pytest.mark.parametrize(
@@ -190,6 +199,10 @@ def test_a_page_that_fails_does_not_fail_the_run(tmp_path: Path, capsys: pytest.
     with page_at_end(make_run(tmp_path / "one", steps=2)):
         pass
     assert "no run.html: ZeroDivisionError" in capsys.readouterr().err
+    monkeypatch.setattr("laser_dist.run_page.report.LARGEST_AT_END", 10)
+    with page_at_end(tmp_path / "one"):
+        pass
+    assert "laser-dist report" in capsys.readouterr().err and not (tmp_path / "one/run.html").exists()
     with pytest.raises(KeyError), page_at_end(tmp_path / "nothing"):
         raise KeyError  # what ended the run stays
     assert capsys.readouterr().err == ""
