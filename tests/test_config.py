@@ -107,6 +107,9 @@ def test_recipe_mistakes_name_file_key_and_remedy(recipe, text, told):
         ("checkpoint", "keep", "0"),
         ("logging", "every", "0"),
         ("logging", "term_gradient_norms_every", "-1"),
+        ("guard", "row_norm", "1.5"),
+        ("guard", "gradient_spike", "1"),
+        ("guard", "checksums_every", "-1"),
     ],
 )
 def test_values_out_of_range(recipe, section, key, value):

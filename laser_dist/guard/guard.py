@@ -98,7 +98,6 @@ class Guard:
         except NonFiniteGradient:
             reason = "the gradient is not finite on at least one rank"
             self._stop(self._blame(Alarm("finite", reason, math.inf, math.inf, term="gradient")))
-        self.windows.norms.append(norm)
         return norm
 
     def _judge(self, norm: float) -> None:
@@ -110,6 +109,7 @@ class Guard:
             reason = f"the norm of the gradient is {norm:.4g}, limit {limit:.4g}"
             largest = max(self.weights, key=lambda name: self.weights[name] * self.micros[-1].table[0][f"loss/{name}"])
             self._raise(self._blame(Alarm("gradient_spike", reason, norm, limit, term=largest)))
+        self.windows.norms.append(norm)
 
     def _moment(self, views: Views) -> Moment:
         queries, ranks = len(views.query_BD), world_size()

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,40 +11,13 @@ from laser_dist.cli import main
 from laser_dist.errors import UserError
 from laser_dist.guard.dump import Report
 from laser_dist.guard.replay import Settings, largest_difference, replayed
-from laser_dist.testing import run_distributed
-
-
-def stopped_in_step_3(rank: int, world_size: int, recipe: Path, flags: list[str]) -> str:
-    """Train until the guard asks for a spread that no model has; returns what it says."""
-    from laser_dist.config import load_config
-    from laser_dist.ds_config import resolve
-    from laser_dist.trainer import Trainer
-
-    config = load_config([str(recipe), *flags])
-    trainer = Trainer(config, resolve(config.train.deepspeed, config))
-    right = trainer.step
-
-    def step(number, stream):
-        if number == 2:
-            trainer.guard.config = replace(config, guard=replace(config.guard, spread=0.99))
-        return right(number, stream)
-
-    trainer.step = step
-    with pytest.raises(UserError) as error:
-        trainer.fit()
-    return str(error.value)
 
 
 @pytest.fixture(scope="module")
-def dump(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dump(on_two_ranks) -> Path:
     """Two ranks, ZeRO-3, two micro-batches in chunks, LoRA with dropout; stopped in its third step."""
-    output = tmp_path_factory.mktemp("dumped") / "run"
-    flags = ["--output", str(output), "--train.deepspeed", "zero3-test", "--train.accumulation", "2",
-             "--train.queries-per-rank", "4", "--model.lora-rank", "4", "--model.lora-dropout", "0.2",
-             "--train.chunk-tokens", "300", "--checkpoint.every", "1", "--guard.dump-weights"]  # fmt: skip
-    said, _ = run_distributed(stopped_in_step_3, 2, recipe, flags)
-    assert "laser-dist replay" in said, said
-    return next((output / "alarms").iterdir())
+    assert "laser-dist replay" in on_two_ranks["stopped"], on_two_ranks["stopped"]
+    return next((on_two_ranks["output"] / "stopped" / "alarms").iterdir())
 
 
 def test_terms_and_gradients_are_those_of_the_run(dump: Path) -> None:
