@@ -108,6 +108,7 @@ class Views(NamedTuple):
     teacher_BD: Tensor | None
     segments_BKD: Tensor | None  # the segment state that each step is aligned with
     soft_token_entropy: Tensor  # scalar, nats; 0 when K = 1 needs no soft token
+    passage_steps_PKD: Tensor | None = None  # where the objective compares steps
 
 
 def pack(rows: Sequence[TokenSequence], eos: int | None = None, **comparison: Any) -> PackedBatch:

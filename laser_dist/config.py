@@ -173,7 +173,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """L = InfoNCE_L + explicit * InfoNCE_E + output * KL_out + trajectory * KL_mid; a weight of 0 costs nothing."""
+    """L = InfoNCE_L + explicit * InfoNCE_E + output * KL_out + trajectory * KL_mid + steps; a weight of 0 costs nothing."""
 
     explicit_weight: float = 1.0
     """Lambda 1: contrastive loss of the explicit view (the one that reads the rationale)."""
@@ -181,6 +181,13 @@ class ObjectiveConfig:
     """Lambda 2: distillation of the explicit view's ranking into the latent view."""
     trajectory_weight: float = 0.1
     """Lambda 3: distillation of rationale segments into latent steps."""
+    steps_weight: float = 0.0
+    """InfoNCE of the vectors after 1 .. K-1 latent steps, of queries and passages alike, summed. With 1 here and in
+    refinement_weight the loss is K times GIRCSE's (arXiv 2509.24291)."""
+    refinement_weight: float = 0.0
+    """K times the mean over steps of how far log InfoNCE rises from one step to the next: GIRCSE's penalty."""
+    teacher: str | None = None
+    """A trained model whose explicit view, frozen, teaches instead of the run's own; needs explicit_weight = 0."""
     ramp_steps: int = 0
     """Lambda 2 and 3 rise linearly from 0 over this many optimizer steps; 0 starts at full weight."""
     temperature: float = 0.02
@@ -201,7 +208,8 @@ class ObjectiveConfig:
     """All ranks' passages on every rank, or passing by in a ring where they do not fit (N x D x 6 bytes)."""
 
     def __post_init__(self) -> None:
-        for name in ("explicit_weight", "output_weight", "trajectory_weight"):
+        names = ("explicit_weight", "output_weight", "trajectory_weight", "steps_weight", "refinement_weight")
+        for name in names:
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, f"objective.{name}", value, "must be finite and 0 or more")
         for name in ("temperature", "distill_temperature", "trajectory_temperature"):
@@ -217,6 +225,17 @@ class ObjectiveConfig:
         if self.passages == "ring" and self.kernel == "reference":
             raise UserError('objective.passages = "ring" needs objective.kernel auto, triton or chunked')
         _require(self.ramp_steps >= 0, "objective.ramp_steps", self.ramp_steps, "must be 0 or more")
+
+        if self.teacher:
+            remedy = "must be 0 with objective.teacher, which is frozen and learns nothing"
+            _require(self.explicit_weight == 0, "objective.explicit_weight", self.explicit_weight, remedy)
+            remedy = "has nothing to teach: give output_weight or trajectory_weight, or leave it out"
+            _require(self.output_weight + self.trajectory_weight > 0, "objective.teacher", self.teacher, remedy)
+
+    @property
+    def compares_steps(self) -> bool:
+        """Whether passages are compared after each latent step, too."""
+        return self.steps_weight > 0 or self.refinement_weight > 0
 
     @property
     def needs_rationale(self) -> bool:
@@ -423,6 +442,12 @@ class RunConfig:
             "text.max_explicit_tokens",
             self.text.max_explicit_tokens,
             f"must exceed text.max_query_tokens = {self.text.max_query_tokens} by at least 2 (a rationale token, EOS)",
+        )
+        _require(
+            self.thinking.steps > 1 or not self.objective.compares_steps,
+            "thinking.steps",
+            self.thinking.steps,
+            "objective.steps_weight and refinement_weight compare the steps before the last: at least 2, or set them 0",
         )
         files = {name: getattr(self.evaluation, name) for name in ("corpus", "queries", "qrels")}
         given = [name for name, value in files.items() if value]

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from laser_dist.config import RunConfig
 from laser_dist.data.streaming.quarantine import Quarantine
@@ -12,6 +13,11 @@ from laser_dist.distributed.collectives import gather_objects, rank
 from laser_dist.errors import UserError
 from laser_dist.retrieval.collection import Corpus, Qrels, Queries, read_collection
 from laser_dist.retrieval.metrics import METRICS
+
+if TYPE_CHECKING:
+    import torch
+
+    from laser_dist.model.teacher import FrozenTeacher
 
 
 def fingerprint(config: RunConfig, data: TrainingData) -> str:
@@ -28,6 +34,9 @@ def fingerprint(config: RunConfig, data: TrainingData) -> str:
         del table["train"][name]
     del table["model"]["activation_checkpointing"], table["model"]["attention"]
     del table["objective"]["kernel"], table["objective"]["passages"]
+    for name in ("steps_weight", "refinement_weight", "teacher"):  # younger than some checkpoints
+        if not table["objective"][name]:
+            del table["objective"][name]
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
@@ -45,6 +54,34 @@ def total_steps(config: RunConfig, data: TrainingData, queries_per_step: int, st
         )
     left = int(config.train.epochs * data.examples) - position
     return config.train.max_steps or max(1, step + left // queries_per_step)
+
+
+def frozen_teacher(config: RunConfig, device: "torch.device") -> "FrozenTeacher | None":
+    """The model of objective.teacher, whole on this rank; None if the run teaches itself.
+
+    UserError for a folder that holds no model, and for one that reads other tokens than the run.
+    """
+    if not config.objective.teacher:
+        return None
+    from laser_dist.model.backbone import load_tokenizer
+    from laser_dist.model.retriever import LaserRetriever
+    from laser_dist.model.teacher import FrozenTeacher
+    from laser_dist.retrieval.card import RetrieverCard
+    from laser_dist.retrieval.loading import load_trained_lm, model_folder
+
+    folder = model_folder(config.objective.teacher)
+    card = RetrieverCard.load(Path(folder))
+    lm, tokenizer = load_trained_lm(folder, card, dtype=config.model.dtype)
+    if card.text != config.text or tokenizer.get_vocab() != load_tokenizer(config.model).get_vocab():
+        raise UserError(
+            f"objective.teacher = {config.objective.teacher!r}: was trained with another tokenizer or other [text] "
+            "settings, and would read other tokens than the run: train both with the same"
+        )
+    retriever = LaserRetriever(
+        lm, steps=card.thinking.steps, convention=card.thinking.convention, attention=config.model.attention
+    )
+    thinking = {"steps": config.thinking.steps, "convention": config.thinking.convention}
+    return FrozenTeacher(retriever.to(device), **thinking, chunk_tokens=config.train.chunk_tokens)
 
 
 def open_quarantine(config: RunConfig, data: TrainingData, report: Path) -> Quarantine:

@@ -36,7 +36,7 @@ from laser_dist.retrieval.card import RetrieverCard
 from laser_dist.retrieval.encoder import LaserEncoder
 from laser_dist.retrieval.evaluation.evaluate import evaluate
 from laser_dist.run_folder import checkpoints_of
-from laser_dist.run_inputs import fingerprint, open_quarantine, read_dev_set, total_steps
+from laser_dist.run_inputs import fingerprint, frozen_teacher, open_quarantine, read_dev_set, total_steps
 
 
 class Trainer:
@@ -57,7 +57,8 @@ class Trainer:
         device = init_distributed(config.launch.timeout)
         if config.launch.preflight:
             preflight(config, ds_config, self.data, device)
-        self.objective = AlignmentObjective(config.objective, config.trajectory_temperature)
+        teacher = frozen_teacher(config, device)
+        self.objective = AlignmentObjective(config.objective, config.trajectory_temperature, teacher)
         self.kernel = self.objective.kernel_on(device)
         self.attention = check_attention(config.model, device)
         torch.manual_seed(config.seed)
@@ -67,6 +68,7 @@ class Trainer:
             steps=config.thinking.steps,
             convention=config.thinking.convention,
             attention=config.model.attention,
+            passage_steps=config.objective.compares_steps,
         )
         self.size = ModelSize.of(self.retriever)
         self.peak_flops = peak_flops(device, config.logging.peak_tflops)

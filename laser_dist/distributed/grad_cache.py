@@ -62,26 +62,26 @@ class GradCache:
 def _places(chunk: Tensor, queries: int) -> Views:
     """For each field of Views, where a chunk's rows lie in the whole batch's."""
     of_queries, of_passages = chunk[chunk < queries], chunk[chunk >= queries] - queries
-    return Views(of_queries, of_passages, of_queries, of_queries, of_queries, chunk)
+    return Views(of_queries, of_passages, of_queries, of_queries, of_queries, chunk, of_passages)
 
 
 def _join(parts: list[Views], chunks: list[Tensor], queries: int) -> Views:
     """The chunks' views in the batch's order, as leaves that take gradients."""
     places = [_places(chunk, queries) for chunk in chunks]
-    joined: list[Tensor | None] = []
-    for field in Views._fields[:-1]:
+    joined: dict[str, Tensor | None] = {}
+    for field in (name for name in Views._fields if name != "soft_token_entropy"):
         found = [(getattr(part, field), getattr(at, field)) for part, at in zip(parts, places, strict=True)]
         kept = [(x, at) for x, at in found if x is not None]
         if not kept:
-            joined.append(None)
+            joined[field] = None
             continue
         order = torch.cat([at for _, at in kept]).argsort()
-        joined.append(torch.cat([x for x, _ in kept])[order].requires_grad_())
+        joined[field] = torch.cat([x for x, _ in kept])[order].requires_grad_()
     rows = sum(map(len, chunks))
     entropy = torch.stack(
         [part.soft_token_entropy * len(chunk) / rows for part, chunk in zip(parts, chunks, strict=True)]
     )
-    return Views(*joined, entropy.sum())  # type: ignore[arg-type, call-arg]  # queries and passages are there
+    return Views(**joined, soft_token_entropy=entropy.sum())  # type: ignore[arg-type]  # queries and passages are there
 
 
 def random_state(device: torch.device) -> list[Tensor]:

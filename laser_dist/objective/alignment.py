@@ -1,5 +1,12 @@
-"""The objective: LaSER's four terms with their weights, over passages gathered from all ranks (see spec)."""
+"""The objective: LaSER's four terms with their weights, over passages gathered from all ranks (see spec).
 
+Two more compare every latent step and make GIRCSE of it (Tsai et al., ICLR 2026, arXiv 2509.24291). With L_k the InfoNCE
+of the vectors after k steps, of queries and passages alike, GIRCSE minimises mean_k L_k + mean_k relu(log L_k - log
+L_k-1). Here that is K times as large, because L_K, which is InfoNCE_L, always has weight 1.
+"""
+
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +20,11 @@ from laser_dist.config import ObjectiveConfig
 from laser_dist.distributed.collectives import gather_rows, gather_rows_with_gradient, rank, world_size
 from laser_dist.errors import UserError
 from laser_dist.model.retriever import unit
+from laser_dist.model.teacher import FrozenTeacher, beside
 
 TERMS = ("infonce_latent", "infonce_explicit", "kl_output", "kl_trajectory")
+STEP_TERMS = ("infonce_steps", "refinement")
+"""There where the objective compares steps, each times K: see above."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +43,10 @@ class AlignmentObjective:
     number of ranks: rows are local, passages are gathered with a SUM reduce-scatter backward, nothing is rescaled.
     """
 
-    def __init__(self, config: ObjectiveConfig, trajectory_temperature: float):
+    def __init__(self, config: ObjectiveConfig, trajectory_temperature: float, teacher: FrozenTeacher | None = None):
+        """`teacher`: reads the rationales instead of the model that is trained."""
         self.config = config
+        self.teacher = teacher
         self.trajectory_temperature = trajectory_temperature
 
     def weights(self, step: int) -> dict[str, float]:
@@ -42,7 +54,8 @@ class AlignmentObjective:
         config = self.config
         ramp = min(1.0, step / config.ramp_steps) if config.ramp_steps else 1.0
         weights = (1.0, config.explicit_weight, ramp * config.output_weight, ramp * config.trajectory_weight)
-        return dict(zip(TERMS, weights, strict=True))
+        steps = (config.steps_weight, config.refinement_weight) if config.compares_steps else ()
+        return dict(zip((*TERMS, *STEP_TERMS), (*weights, *steps), strict=False))
 
     def kernel_on(self, device: torch.device) -> str:
         """Name of the loss's implementation. UserError: the one asked for cannot run there."""
@@ -57,35 +70,65 @@ class AlignmentObjective:
     def __call__(self, views: Views, batch: PackedBatch, step: int) -> LossTerms:
         """Compare this rank's B queries with the N passages of all ranks; called by every rank alike."""
         config, weights = self.config, self.weights(step)
-        assert batch.labels_B is not None, "a batch without queries has nothing to compare"
-        dtype, ring = self._score_dtype(views), config.passages == "ring" and world_size() > 1
-        passages_ND = views.passage_PD.to(dtype) if ring else gather_rows_with_gradient(views.passage_PD, dtype)
-        mask: dict[str, Any] = {}
-        if config.mask_false_negatives and batch.passage_keys_P is not None:
-            keys_N = batch.passage_keys_P if ring else gather_rows(batch.passage_keys_P)
-            mask = {"query_ids": batch.positive_keys_BX, "passage_ids": keys_N}
-        with_teacher = views.teacher_BD is not None and (config.explicit_weight > 0 or config.output_weight > 0)
-        with_steps = views.segments_BKD is not None and config.trajectory_weight > 0
-        alignment = align(
-            views.query_BD.to(dtype),
-            views.teacher_BD.to(dtype) if with_teacher and views.teacher_BD is not None else None,
-            unit(views.query_steps_BKD).to(dtype) if with_steps else None,
-            unit(views.segments_BKD.detach()).to(dtype) if with_steps and views.segments_BKD is not None else None,
-            passages_ND,
-            batch.labels_B if ring else batch.labels_B + rank() * len(views.passage_PD),
-            temperature=config.temperature,
-            distill_temperature=config.distill_temperature,
-            trajectory_temperature=self.trajectory_temperature,
-            margin=config.false_negative_margin,
-            group=dist.group.WORLD if ring else None,
-            kernel=config.kernel,
-            **mask,
+        compare = self._comparison(views, batch)
+        seen = views if self.teacher is None else beside(views, self.teacher(batch))
+        with_teacher = seen.teacher_BD is not None and (config.explicit_weight > 0 or config.output_weight > 0)
+        with_steps = seen.segments_BKD is not None and config.trajectory_weight > 0
+        alignment = compare(
+            seen.query_BD,
+            seen.passage_PD,
+            teacher_BD=seen.teacher_BD if with_teacher else None,
+            steps_BKD=unit(seen.query_steps_BKD) if with_steps else None,
+            segments_BKD=unit(seen.segments_BKD.detach()) if with_steps and seen.segments_BKD is not None else None,
         )
         terms = dict(zip(TERMS, alignment.terms, strict=True))
+        if config.compares_steps:
+            terms |= self._step_terms(views, compare, terms["infonce_latent"])
         # A term of weight 0 stays out of the graph: it is reported where it comes for free, and costs no backward.
         total = torch.stack([weights[name] * value for name, value in terms.items() if weights[name] > 0]).sum()
         columns = len(views.passage_PD) * world_size()
         return LossTerms(terms, total, self._diagnostics(views, alignment, columns))
+
+    def _comparison(self, views: Views, batch: PackedBatch) -> Callable[..., Alignment]:
+        """A function of rows and this rank's passages, whose labels and false negatives are the batch's."""
+        config, ring = self.config, self.config.passages == "ring" and world_size() > 1
+        assert batch.labels_B is not None, "a batch without queries has nothing to compare"
+        mask: dict[str, Any] = {}
+        if config.mask_false_negatives and batch.passage_keys_P is not None:
+            keys_N = batch.passage_keys_P if ring else gather_rows(batch.passage_keys_P)
+            mask = {"query_ids": batch.positive_keys_BX, "passage_ids": keys_N}
+        return functools.partial(
+            _compare,
+            dtype=self._score_dtype(views),
+            labels_B=batch.labels_B if ring else batch.labels_B + rank() * len(views.passage_PD),
+            group=dist.group.WORLD if ring else None,
+            temperature=config.temperature,
+            distill_temperature=config.distill_temperature,
+            trajectory_temperature=self.trajectory_temperature,
+            margin=config.false_negative_margin,
+            kernel=config.kernel,
+            **mask,
+        )
+
+    def _step_terms(self, views: Views, compare: Callable[..., Alignment], infonce_latent: Tensor) -> dict[str, Tensor]:
+        """InfoNCE of the vectors after 1 .. K - 1 steps, summed, and the penalty where one is worse than the one before.
+
+        The penalty is not linear in a rank's mean, so it takes the mean over ranks; its gradient goes into each rank's
+        own part, and data parallelism averages those: the global batch's again.
+        """
+        assert views.passage_steps_PKD is not None, "the retriever was not asked for passages' steps"
+        steps = views.query_steps_BKD.shape[1]
+        earlier = [
+            compare(
+                unit(views.query_steps_BKD[:, :k].mean(1)), unit(views.passage_steps_PKD[:, :k].mean(1))
+            ).terms.infonce_latent
+            for k in range(1, steps)
+        ]
+        own_K = torch.stack([*earlier, infonce_latent])
+        mean_K = gather_rows(own_K.detach()[None]).mean(0)
+        log_K = torch.log(own_K + (mean_K - own_K.detach()) + 1e-8)  # 1e-8: as published
+        rises = torch.relu(log_K[1:] - log_K[:-1])
+        return dict(zip(STEP_TERMS, (torch.stack(earlier).sum(), steps * rises.mean()), strict=True))
 
     def _score_dtype(self, views: Views) -> torch.dtype:
         """Vectors come in float32; a GPU's tensor cores want the model's dtype, which is half the bytes to gather."""
@@ -106,3 +149,21 @@ class AlignmentObjective:
         if self.config.mask_false_negatives or self.config.false_negative_margin is not None:
             values["false_negatives_masked"] = alignment.dropped_B.double().mean() / columns
         return values
+
+
+def _compare(
+    query_BD: Tensor,
+    passage_PD: Tensor,
+    *,
+    dtype: torch.dtype,
+    labels_B: Tensor,
+    group: dist.ProcessGroup | None,
+    teacher_BD: Tensor | None = None,
+    steps_BKD: Tensor | None = None,
+    segments_BKD: Tensor | None = None,
+    **options: Any,
+) -> Alignment:
+    """`align` with the passages of all ranks, gathered or, with a `group`, in a ring."""
+    rows = (None if x is None else x.to(dtype) for x in (query_BD, teacher_BD, steps_BKD, segments_BKD))
+    passages_ND = gather_rows_with_gradient(passage_PD, dtype) if group is None else passage_PD.to(dtype)
+    return align(*rows, passages_ND, labels_B, group=group, **options)

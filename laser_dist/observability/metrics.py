@@ -11,17 +11,23 @@ from torch.utils.tensorboard import SummaryWriter
 
 from laser_dist.config import RunConfig, to_toml
 from laser_dist.files import replacing
-from laser_dist.objective.alignment import TERMS
+from laser_dist.objective.alignment import STEP_TERMS, TERMS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # name -> (unit, how it is reduced over ranks, what it says)
 SCALARS = {
-    **{f"loss/{term}": ("nats", "mean", f"the {term} term, unweighted") for term in TERMS},
+    **{f"loss/{term}": ("nats", "mean", f"the {term} term, unweighted") for term in (*TERMS, *STEP_TERMS)},
     "loss/total": ("nats", "mean", "the weighted sum that is minimised"),
-    **{f"weight/{term}": ("1", "equal on all ranks", f"weight of {term} at this step") for term in TERMS},
-    **{f"gradient_norm/{term}": ("1/cosine", "mean", f"norm of d {term} / d vectors and states") for term in TERMS},
+    **{
+        f"weight/{term}": ("1", "equal on all ranks", f"weight of {term} at this step")
+        for term in (*TERMS, *STEP_TERMS)
+    },
+    **{
+        f"gradient_norm/{term}": ("1/cosine", "mean", f"norm of d {term} / d vectors and states")
+        for term in (*TERMS, *STEP_TERMS)
+    },
     "train/gradient_norm": ("1", "global", "norm of all gradients before clipping"),
     "train/learning_rate": ("1", "equal on all ranks", "of this step"),
     "train/chunks": ("chunks", "equal on all ranks", "that a micro-batch ran in; see train.chunk_tokens"),
