@@ -6,6 +6,7 @@ handed to DeepSpeed. Every value is checked before a process group starts; every
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import string
@@ -173,7 +174,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """L = InfoNCE_L + explicit * InfoNCE_E + output * KL_out + trajectory * KL_mid + steps; a weight of 0 costs nothing."""
+    """L = InfoNCE_L + explicit * InfoNCE_E + output * KL_out + trajectory * KL_mid; a weight of 0 costs nothing."""
 
     explicit_weight: float = 1.0
     """Lambda 1: contrastive loss of the explicit view (the one that reads the rationale)."""
@@ -471,13 +472,16 @@ class RunConfig:
 
 
 def load_config(arguments: Sequence[str], prog: str = "laser-dist train") -> RunConfig:
-    """`[RECIPE.toml] [--section.field value ...]` -> a validated RunConfig; UserError names key, value and remedy."""
+    """`[RECIPE.toml ...] [--section.field value ...]` -> a validated RunConfig; UserError names key, value and remedy.
+
+    Of several recipes a later one's values replace an earlier one's: a base, and what a method changes.
+    """
     import tyro  # here, because `laser-dist --help` must not pay for it
 
-    arguments = list(arguments)
-    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    defaults = read_recipe(Path(recipe)) if recipe else RunConfig()
-    config = tyro.cli(RunConfig, args=arguments, default=defaults, prog=f"{prog} RECIPE.toml", description=TRAIN_HELP)
+    recipes = [Path(name) for name in itertools.takewhile(lambda argument: not argument.startswith("-"), arguments)]
+    defaults = read_recipe(*recipes) if recipes else RunConfig()
+    flags = list(arguments)[len(recipes) :]
+    config = tyro.cli(RunConfig, args=flags, default=defaults, prog=f"{prog} RECIPE.toml", description=TRAIN_HELP)
     config.validate()
     return config
 
@@ -488,19 +492,40 @@ Examples:
   laser-dist train launchers/recipes/quickstart.toml --output runs/mine
   laser-dist train recipe.toml --output runs/k6 --thinking.steps 6 --optimizer.learning-rate 5e-5
   laser-dist train recipe.toml --output runs/k6 --resume
+  laser-dist train recipe.toml launchers/recipes/methods/gircse.toml --output runs/gircse
   deepspeed --num_gpus 8 --module laser_dist.train recipe.toml --output runs/eight
 """
 
 
-def read_recipe(path: Path) -> RunConfig:
-    """A TOML recipe as a RunConfig (not yet validated as a whole)."""
+def read_recipe(path: Path, *others: Path) -> RunConfig:
+    """A TOML recipe as a RunConfig (not yet validated as a whole); the `others`' values replace its own."""
+    tables = [read_table(recipe) for recipe in (path, *others)]
+    return recipe_of(merged(*tables), " + ".join(map(str, (path, *others))))
+
+
+def recipe_of(table: dict[str, Any], source: str) -> RunConfig:
+    """A recipe's values as a RunConfig (not yet validated as a whole); UserErrors begin with `source`."""
+    return _from_table(RunConfig, table, source, "")
+
+
+def merged(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """Nested tables as one; later values replace earlier ones, key by key."""
+    table = dict(first)
+    for other in others:
+        for key, value in other.items():
+            both = isinstance(value, dict) and isinstance(table.get(key), dict)
+            table[key] = merged(table[key], value) if both else value
+    return table
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A TOML file's content. UserError where there is none."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; ready ones are in launchers/recipes/") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid TOML: {error}") from None
-    return _from_table(RunConfig, table, str(path), "")
 
 
 def _from_table(cls: type, table: dict[str, Any], source: str, prefix: str) -> Any:

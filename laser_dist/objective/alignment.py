@@ -1,8 +1,8 @@
 """The objective: LaSER's four terms with their weights, over passages gathered from all ranks (see spec).
 
-Two more compare every latent step and make GIRCSE of it (Tsai et al., ICLR 2026, arXiv 2509.24291). With L_k the InfoNCE
-of the vectors after k steps, of queries and passages alike, GIRCSE minimises mean_k L_k + mean_k relu(log L_k - log
-L_k-1). Here that is K times as large, because L_K, which is InfoNCE_L, always has weight 1.
+Two more compare every latent step and make GIRCSE of it (Tsai et al., ICLR 2026, arXiv 2509.24291). With L_k the
+InfoNCE of the vectors after k steps, of queries and passages alike, GIRCSE minimises mean_k L_k + mean_k relu(log L_k -
+log L_k-1). Here that is K times as large, because L_K, which is InfoNCE_L, always has weight 1.
 """
 
 import functools
@@ -111,7 +111,7 @@ class AlignmentObjective:
         )
 
     def _step_terms(self, views: Views, compare: Callable[..., Alignment], infonce_latent: Tensor) -> dict[str, Tensor]:
-        """InfoNCE of the vectors after 1 .. K - 1 steps, summed, and the penalty where one is worse than the one before.
+        """InfoNCE of the vectors after 1 .. K - 1 steps, summed, and the penalty for each that is worse than the last.
 
         The penalty is not linear in a rank's mean, so it takes the mean over ranks; its gradient goes into each rank's
         own part, and data parallelism averages those: the global batch's again.
