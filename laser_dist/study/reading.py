@@ -13,7 +13,7 @@ from laser_dist.study.definition import OWN, Dataset, Method, Rewriting, Study, 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SECTIONS = tuple(name for name, kind in get_type_hints(RunConfig).items() if is_dataclass(kind))
-_WHOLE = ("methods", "tests", "grid")
+_WHOLE = ("datasets", "methods", "tests", "grid")
 
 
 def read_study(path: Path) -> Study:

@@ -47,6 +47,8 @@ class Rewriter:
         if missing or (queries and len(seconds) < _TIMED):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as stream:
+                if stream.tell() and not self.file.read_bytes().endswith(b"\n"):
+                    stream.write("\n")  # a process was killed in the middle of a line
                 for query, text in self._written(missing):
                     known[query] = text
                     _append(stream, {"query": query, "rationale": text})
