@@ -102,6 +102,12 @@ class Cell:
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run can leave half a line
 
+    def seconds_per_step(self) -> float | None:
+        """Mean over the run's steps, from its own clock; None before the second step."""
+        rows = [row for row in self.curve() if "time/forward" in row][1:]  # the first pays for what is set up once
+        times = [sum(value for name, value in row.items() if name.startswith("time/")) for row in rows]
+        return sum(times) / len(times) if times else None
+
 
 class Workspace:
     """Where a study's cells lie, and what each is made of."""

@@ -89,6 +89,12 @@ class Results:
         cells = [r.cell for r in self.rows if r.chosen and (r.cell.dataset, r.cell.method) == (dataset, method)]
         return [rows for cell in cells if (rows := cell.curve())]
 
+    def seconds_per_step(self, dataset: str, method: str) -> float | None:
+        """Mean over a method's runs; None where none has trained."""
+        cells = [row.cell for row in self.rows if (row.cell.dataset, row.cell.method) == (dataset, method)]
+        known = [seconds for cell in cells if (seconds := cell.seconds_per_step()) is not None]
+        return mean(known) if known else None
+
     def choice(self, dataset: str, method: str) -> Table:
         return read(self.workspace.out / "cells" / dataset / method / "choice.json")
 

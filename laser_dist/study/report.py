@@ -82,14 +82,15 @@ def _progress(results: Results) -> str:
 
 def _main_table(results: Results, dataset: str) -> str:
     rows = [_row(results, dataset, name, test) for name, test in results.listed()]
-    return markdown_table(("method", *METRICS, f"change in {results.study.metric}", "p", "seeds"), rows)
+    head = ("method", *METRICS, f"change in {results.study.metric}", "p", "seeds", "s per step")
+    return markdown_table(head, rows)
 
 
 def _row(results: Results, dataset: str, name: str, test: str) -> list[str]:
     entry, label = results.entry(dataset, name, test), results.title(name, test)
     failed = [r for r in results.rows if (r.cell.dataset, r.cell.method, r.state) == (dataset, name, FAILED)]
     if entry is None:
-        return [label, *([("failed" if failed else "not run")] + [""] * (len(METRICS) + 2))]
+        return [label, "failed" if failed else "not run", *[""] * (len(METRICS) + 3)]
     wanted = 1 if name in (BM25, UNTRAINED) else len(results.study.seeds)
     change = p = ""
     if found := results.against_baseline.get((dataset, name, test)):
@@ -98,7 +99,9 @@ def _row(results: Results, dataset: str, name: str, test: str) -> list[str]:
         change, p = f"{comparison.difference:+.3f} ({low:+.3f} … {high:+.3f})", _p(corrected)
     lacking = f" of {wanted}" if len(entry.runs) < wanted else ""
     count = "–" if name in (BM25, UNTRAINED) else f"{len(entry.runs)}{lacking}"
-    return [label, *(value_of(entry.mean(m), entry.spread(m)) for m in METRICS), change, p, count]
+    steps = results.seconds_per_step(dataset, name)
+    values = [value_of(entry.mean(m), entry.spread(m)) for m in METRICS]
+    return [label, *values, change, p, count, f"{steps:.2f}" if steps else "–"]
 
 
 def _ablations(results: Results, dataset: str) -> str:

@@ -9,7 +9,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from laser_dist.retrieval.metrics import METRICS
-from laser_dist.study.cells import FINISHED, Cell, Workspace
+from laser_dist.study.cells import FINISHED, Workspace
 from laser_dist.study.collect import Results
 from laser_dist.study.report import value_of
 
@@ -56,7 +56,7 @@ def show_estimate(results: Results, console: Console) -> None:
     """How many cells are left, and their hours if they take as long as those that ran."""
     left = [row for row in results.rows if row.state != FINISHED and row.cell.trains]
     said = f"{len(results.rows)} cells, {len(left)} runs left to train"
-    seconds = [s for row in results.rows if row.cell.trains and (s := seconds_per_step(row.cell)) is not None]
+    seconds = [s for row in results.rows if row.cell.trains and (s := row.cell.seconds_per_step()) is not None]
     if not seconds:
         console.print(f"{said}; how long they take is known when the first one has begun: run it, and ask again")
         return
@@ -67,13 +67,6 @@ def show_estimate(results: Results, console: Console) -> None:
         f"{said}: {steps} steps at {each:.2f} s (mean of {len(seconds)} runs) are {hours:.1f} hours of training one "
         "after the other; loading, measuring and rewriting come on top"
     )
-
-
-def seconds_per_step(cell: Cell) -> float | None:
-    """Mean seconds of a step of the cell's run, from its own clock; None before the second step."""
-    rows = [row for row in cell.curve() if "time/forward" in row][1:]  # the first step pays for what is set up once
-    times = [sum(value for name, value in row.items() if name.startswith("time/")) for row in rows]
-    return sum(times) / len(times) if times else None
 
 
 def show_results(results: Results, console: Console) -> None:
