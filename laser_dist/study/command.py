@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,10 +130,16 @@ def _run(workspace: "Workspace", groups: list[tuple[str, str]], jobs: int, conso
     from laser_dist.study.show import Progress
 
     with Progress(workspace, console) as progress:
+        runner = Runner(workspace, progress.say, jobs)
+        numbers = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they end a job
+        before = [signal.signal(number, lambda *_: runner.stop()) for number in numbers]
         try:
-            Runner(workspace, progress.say, jobs).run(groups)
+            runner.run(groups)
         except Stopped as stopped:
             return str(stopped)
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
     return ""
 
 

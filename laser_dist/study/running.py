@@ -45,6 +45,8 @@ class Runner:
 
     def __init__(self, workspace: Workspace, say: Callable[[str], None], jobs: int = 1):
         self.workspace, self.study, self.say, self.jobs = workspace, workspace.study, say, jobs
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.stopping = False
 
     def run(self, groups: list[Group]) -> None:
         """All groups, each after what it needs. Raises Stopped where a signal ended a cell."""
@@ -60,6 +62,12 @@ class Runner:
             except BaseException:  # Ctrl-C, or a signal to a cell: nothing else begins
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def stop(self) -> None:
+        """Ask the running cells to save and stop, and begin no other; for a signal handler."""
+        self.stopping = True
+        for process in list(self.processes):
+            process.terminate()
 
     def _group(self, group: Group, needed: list[Future[None]]) -> None:
         for future in needed:
@@ -119,9 +127,8 @@ class Runner:
         recipe, processes = str(cell.folder / "recipe.toml"), self.study.processes
         command = [sys.executable, "-m", "laser_dist.train", recipe]
         if processes > 1:
-            launcher = ["deepspeed.launcher.runner", "--num_accelerators", str(processes), "--log_level", "error"]
-            port = ["--master_port", str(_free_port())]
-            command = [sys.executable, "-m", *launcher, *port, "--module", "laser_dist.train", recipe]
+            options = ["--num_accelerators", str(processes), "--master_port", str(_free_port())]
+            command = [sys.executable, "-m", "laser_dist.cli", "launch", *options, recipe]
         self._call(cell, "training", command)
 
     def _teach(self, cell: Cell) -> None:
@@ -169,7 +176,15 @@ class Runner:
         with log.open("ab") as stream:
             stream.write(f"\n$ {' '.join(command)}\n".encode())
             stream.flush()
-            code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
+            if self.stopping:
+                raise Stopped(f"{cell.name}: not begun")
+            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+            self.processes.add(process)
+            try:
+                code = process.wait()
+            finally:
+                process.kill()  # if something but its end took us here
+                self.processes.discard(process)
         if code in (_PREEMPTED, 130, -2, -15):
             raise Stopped(f"{cell.name}: stopped by a signal; the same command goes on from its last checkpoint")
         if code:

@@ -11,7 +11,7 @@ TEMPLATE = """\
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}
 #SBATCH --output={logs}/%x-%A_%a.txt
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:TERM@120
 # A task that runs out of time saves its run; submit again, and it goes on. Add partition, GPUs and time here.
 parts=({parts})
 exec {command} --only "${{parts[$SLURM_ARRAY_TASK_ID]}}"
