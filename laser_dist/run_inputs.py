@@ -80,8 +80,12 @@ def frozen_teacher(config: RunConfig, device: "torch.device") -> "FrozenTeacher 
     retriever = LaserRetriever(
         lm, steps=card.thinking.steps, convention=card.thinking.convention, attention=config.model.attention
     )
-    thinking = {"steps": config.thinking.steps, "convention": config.thinking.convention}
-    return FrozenTeacher(retriever.to(device), **thinking, chunk_tokens=config.train.chunk_tokens)
+    return FrozenTeacher(
+        retriever.to(device),
+        steps=config.thinking.steps,
+        convention=config.thinking.convention,
+        chunk_tokens=config.train.chunk_tokens,
+    )
 
 
 def open_quarantine(config: RunConfig, data: TrainingData, report: Path) -> Quarantine:

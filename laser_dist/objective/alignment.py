@@ -164,6 +164,9 @@ def _compare(
     **options: Any,
 ) -> Alignment:
     """`align` with the passages of all ranks, gathered or, with a `group`, in a ring."""
-    rows = (None if x is None else x.to(dtype) for x in (query_BD, teacher_BD, steps_BKD, segments_BKD))
+    teacher_BD, steps_BKD, segments_BKD = (
+        None if x is None else x.to(dtype) for x in (teacher_BD, steps_BKD, segments_BKD)
+    )
     passages_ND = gather_rows_with_gradient(passage_PD, dtype) if group is None else passage_PD.to(dtype)
+    rows = (query_BD.to(dtype), teacher_BD, steps_BKD, segments_BKD)
     return align(*rows, passages_ND, labels_B, group=group, **options)

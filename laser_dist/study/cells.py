@@ -194,8 +194,10 @@ class Workspace:
         return digest({"cells": keys, "metric": self.study.metric, "dev": self.data[dataset].hashes["dev"]})
 
     def _placed(self, config: RunConfig, prepared: Prepared, seed: int, folder: Path) -> RunConfig:
-        curve = dict(zip(("corpus", "queries", "qrels"), map(str, prepared.curve or ()), strict=False))
-        evaluation = replace(config.evaluation, **curve) if curve else replace(config.evaluation, every=0)
+        evaluation = replace(config.evaluation, every=0)
+        if prepared.curve:
+            corpus, queries, qrels = map(str, prepared.curve)
+            evaluation = replace(config.evaluation, corpus=corpus, queries=queries, qrels=qrels)
         return replace(
             config,
             output=str(folder / "run"),

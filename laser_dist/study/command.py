@@ -117,10 +117,10 @@ def _workspace(study: Study, args: Arguments) -> "Workspace":
         for name, dataset in study.datasets.items()
     }
     workspace = Workspace(study, out, data, model)
-    for dataset in study.datasets:
+    for name in study.datasets:
         for method in study.methods.values():
             for point in study.points(method):
-                workspace.cell(dataset, method, point, study.seeds[0])
+                workspace.cell(name, method, point, study.seeds[0])
     return workspace
 
 

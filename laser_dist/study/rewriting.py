@@ -98,13 +98,13 @@ class Rewriter:
         prompts = [self._prompt(query) for query in queries]
         batch = self._tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(self.device)
         tokenizer = self._tokenizer
-        config = GenerationConfig(
+        greedy = GenerationConfig(
             max_new_tokens=self.tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        found = self._lm.generate(batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config)
+        found = self._lm.generate(batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=greedy)
         written = found[:, batch["input_ids"].shape[1] :]
         return tokenizer.batch_decode(written, skip_special_tokens=True)
 
@@ -113,8 +113,10 @@ class Rewriter:
         if not self._tokenizer.chat_template:
             return f"{text}\n\n"
         turns = [{"role": "user", "content": text}]
-        return self._tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        return str(
+            self._tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
         )
 
 

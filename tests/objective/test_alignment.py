@@ -202,10 +202,18 @@ def outcome_of_rank(rank: int, world_size: int) -> list[dict[str, dict[str, Tens
     return outcomes
 
 
-@pytest.mark.parametrize("world_size", [2])
-def test_ranks_together_equal_one_process(world_size):
+def everything_of_rank(rank: int, world_size: int) -> tuple[list, dict]:
+    return outcome_of_rank(rank, world_size), steps_of_rank(rank, world_size)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[tuple[list, dict]]:
+    return run_distributed(everything_of_rank, 2, init=True)
+
+
+def test_ranks_together_equal_one_process(two_ranks):
     """Mean over ranks of the values, and of the gradient: of each term apart, since errors in two can cancel."""
-    ranks = run_distributed(outcome_of_rank, world_size, init=True)
+    ranks = [found for found, _ in two_ranks]
     gathered, published, ring = zip(*ranks, strict=True)
     whole = outcome_of_rank(0, 1)
     for ours in (gathered, ring):
@@ -291,9 +299,9 @@ def steps_of_rank(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def test_penalty_over_ranks_is_the_global_batchs():
+def test_penalty_over_ranks_is_the_global_batchs(two_ranks):
     """relu(log L_k - log L_k-1) of a rank's own means would be another number, and another gradient."""
-    ranks, whole = run_distributed(steps_of_rank, 2, init=True), steps_of_rank(0, 1)["gather"]
+    ranks, whole = [found for _, found in two_ranks], steps_of_rank(0, 1)["gather"]
     for passages in ("gather", "ring"):
         found = [rank[passages] for rank in ranks]
         for rank in found:

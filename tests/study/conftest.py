@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from laser_dist.files import write_json
 from laser_dist.study.cells import Workspace, digest
 from laser_dist.study.data import Prepared
 from laser_dist.study.reading import read_study
@@ -72,7 +73,7 @@ class Pretended:
         for task in job["tasks"]:
             name = f"{task['split']}/{task['test']['name']}"
             results["measured"][name] = {"key": task["key"], **self.found(cell, name)}
-        out.write_text(json.dumps(results))
+        write_json(out, results)  # whole, as the real one writes it: other parts of the study read it meanwhile
 
     def found(self, cell, name: str) -> dict:
         """Values from a hash: alike every time; the higher learning rate is better on dev, LaSER than contrastive."""
@@ -89,6 +90,10 @@ METRICS = ("ndcg@10", "recall@10", "recall@100", "mrr@10")
 
 @pytest.fixture
 def pretended(monkeypatch) -> Pretended:
+    return pretend(monkeypatch)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     stub = Pretended()
     monkeypatch.setattr(Runner, "_call", lambda self, *args: stub(self, *args))
     return stub
@@ -101,29 +106,40 @@ def text() -> str:
 
 @pytest.fixture
 def make(tmp_path) -> Callable[..., Workspace]:
-    def workspace(text: str = TEXT, rows: str = "rows") -> Workspace:
-        (tmp_path / "s.toml").write_text(text)
-        (tmp_path / "shards").mkdir(exist_ok=True)
-        (tmp_path / "shards" / "manifest.json").touch()
-        files = tuple(tmp_path / name for name in ("corpus.jsonl", "queries.jsonl", "qrels.tsv"))
-        data = Prepared(
-            tmp_path / "shards", {"dev": files, "test": files}, {"train": rows, "dev": "d", "test": "t"}, None
-        )
-        study = read_study(tmp_path / "s.toml")
-        return Workspace(study, tmp_path / "out", dict.fromkeys(study.datasets, data), "")
+    return lambda text=TEXT, rows="rows": workspace_in(tmp_path, text, rows)
 
-    return workspace
+
+def workspace_in(folder: Path, text: str = TEXT, rows: str = "rows") -> Workspace:
+    """The study of this text; `rows` stands for the content of the training data."""
+    (folder / "s.toml").write_text(text)
+    (folder / "shards").mkdir(exist_ok=True)
+    (folder / "shards" / "manifest.json").touch()
+    files = (folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels.tsv")
+    hashes = {"train": rows, "dev": "d", "test": "t"}
+    data = Prepared(folder / "shards", {"dev": files, "test": files}, hashes, None)
+    study = read_study(folder / "s.toml")
+    return Workspace(study, folder / "out", dict.fromkeys(study.datasets, data), "")
 
 
 @pytest.fixture
 def go() -> Callable[..., list[str]]:
     """Run a whole study; what was said."""
+    return run_all
 
-    def run(workspace: Workspace, jobs: int = 1) -> list[str]:
-        said: list[str] = []
-        names = ["bm25", "untrained", *(method.name for method in workspace.study.ordered())]
-        groups = [(dataset, name) for dataset in workspace.study.datasets for name in names]
-        Runner(workspace, said.append, jobs).run(groups)
-        return said
 
-    return run
+def run_all(workspace: Workspace, jobs: int = 1) -> list[str]:
+    said: list[str] = []
+    names = ["bm25", "untrained", *(method.name for method in workspace.study.ordered())]
+    groups = [(dataset, name) for dataset in workspace.study.datasets for name in names]
+    Runner(workspace, said.append, jobs).run(groups)
+    return said
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Workspace:
+    """All cells of the study, pretended; for tests that only read them."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        pretend(monkeypatch)
+        workspace = workspace_in(tmp_path_factory.mktemp("finished"))
+        run_all(workspace)
+    return workspace

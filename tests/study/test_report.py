@@ -9,11 +9,9 @@ from laser_dist.study.report import write_report
 from laser_dist.study.running import CellFailed
 
 
-@pytest.fixture
-def written(make, go, pretended):
-    workspace = make()
-    go(workspace)
-    return workspace, write_report(Results(workspace), workspace.out / "report")
+@pytest.fixture(scope="module")
+def written(finished):
+    return finished, write_report(Results(finished), finished.out / "report")
 
 
 def test_tables_say_what_was_measured(written):
