@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from laser_dist.files import write_json
+from laser_dist.retrieval.evaluation import significance
 from laser_dist.study.cells import Workspace, digest
 from laser_dist.study.data import Prepared
 from laser_dist.study.reading import read_study
@@ -96,6 +97,7 @@ def pretended(monkeypatch) -> Pretended:
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     stub = Pretended()
     monkeypatch.setattr(Runner, "_call", lambda self, *args: stub(self, *args))
+    monkeypatch.setattr(significance, "_RESAMPLES", 500)
     return stub
 
 
