@@ -7,7 +7,7 @@ if [[ $# -lt 4 || "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
   cat <<'HELP'
 usage: launchers/reproduce.sh RECIPE METHOD ROWS OUT [TRAINING OPTIONS]
 
-RECIPE   a file, or a name in launchers/recipes: qwen3-0.6b, qwen3-8b, ...
+RECIPE   a file, or a name in launchers/recipes: paper/qwen3-0.6b, paper/llama-3.1-8b, ...
 METHOD   a name in launchers/recipes/methods: laser, contrastive, gircse, without-output, ...
 ROWS     LaSER-Training as JSON lines, Parquet, a saved dataset, or its hub id
 OUT      folder for shards (shared by all rows of the table), runs and results
@@ -15,8 +15,8 @@ OUT      folder for shards (shared by all rows of the table), runs and results
 Uses all GPUs of this host (or NUM_GPUS of them). Every stage keeps what it made: a second call goes on.
 
 examples:
-  launchers/reproduce.sh qwen3-0.6b laser LaSER-Training.jsonl runs/paper
-  NUM_GPUS=4 launchers/reproduce.sh qwen3-8b contrastive LaSER-Training.jsonl runs/paper --data.negatives 1
+  launchers/reproduce.sh paper/qwen3-0.6b laser LaSER-Training.jsonl runs/paper
+  NUM_GPUS=4 launchers/reproduce.sh paper/qwen3-8b gircse LaSER-Training.jsonl runs/paper --thinking.steps 5
 HELP
   [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]] && exit 0 || exit 2
 fi

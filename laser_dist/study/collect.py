@@ -121,9 +121,12 @@ class Results:
 
     def title(self, method: str, test: str) -> str:
         """What a row of the table of methods is called."""
-        if test == OWN.name or not (asked := self.study.tests[test]).title:
-            return self.label(method) if test == OWN.name else f"{self.label(method)}, {test}"
-        return asked.title if len(asked.methods) == 1 else f"{self.label(method)}, {asked.title}"
+        if test == OWN.name:
+            return self.label(method)
+        asked = self.study.tests[test]
+        if asked.title and asked.methods == [method]:
+            return asked.title
+        return f"{self.label(method)}, {test}"
 
     def compare(
         self, first: tuple[str, str], second: tuple[str, str], tests: tuple[str, str] = (OWN.name, OWN.name)

@@ -70,17 +70,18 @@ def _methods(axis: Any, results: Results, dataset: str) -> bool:
 
 def _latency(axis: Any, results: Results, dataset: str) -> bool:
     metric, colours = results.study.metric, _colours(results)
-    entries = [e for e in results.entries.values() if e.dataset == dataset and e.seconds]
+    found = [results.entry(dataset, *pair) for pair in results.listed() if pair[0] != BM25]
+    entries = [entry for entry in found if entry and entry.seconds]
     for entry in entries:
-        colour = colours.get(entry.method, "0.4")
-        x, y, spread = 1000 * (entry.seconds or 0), entry.mean(metric), entry.spread(metric)
-        axis.errorbar(x, y, yerr=spread, fmt="o" if entry.test == OWN.name else "^", color=colour, capsize=2)
-        name = results.title(entry.method, entry.test)
-        axis.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+        colour, mark = colours.get(entry.method, "0.4"), "o" if entry.test == OWN.name else "^"
+        name, x = results.title(entry.method, entry.test), 1000 * (entry.seconds or 0)
+        axis.errorbar(x, entry.mean(metric), entry.spread(metric), fmt=mark, color=colour, capsize=2, label=name)
     axis.set_xscale("log")
     axis.set(xlabel="ms per query, one at a time", ylabel=f"test {metric}")
     if bm25 := results.entry(dataset, BM25):
-        axis.axhline(bm25.mean(metric), color="0.5", linestyle=":", linewidth=1)
+        axis.axhline(bm25.mean(metric), color="0.5", linestyle=":", linewidth=1, label="BM25")
+    if entries:
+        axis.legend(fontsize=7)
     return bool(entries)
 
 
@@ -140,6 +141,7 @@ def _steps(axis: Any, results: Results, dataset: str) -> bool:
         if own in found:
             axis.plot(own, found[own].mean(metric), "o", mfc="none", color=colours[method.name], markersize=10)
     axis.set(xlabel="latent steps of the queries", ylabel=f"test {metric}")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     if shown:
         axis.legend(fontsize=7)
     return shown

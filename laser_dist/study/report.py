@@ -131,7 +131,7 @@ def _tests(results: Results, dataset: str) -> str:
         rows.append(
             (
                 entry.label,
-                results.study.tests[test].title or test,
+                test,
                 value_of(entry.mean(metric), entry.spread(metric)),
                 change,
                 cost,

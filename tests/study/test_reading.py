@@ -45,6 +45,14 @@ def test_every_method_is_a_recipe_over_any_other(path, tmp_path):
         assert config.objective.compares_steps and config.thinking.steps == 3
 
 
+@pytest.mark.parametrize("path", sorted((METHODS.parent / "paper").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_papers_recipes_can_train(path):
+    from laser_dist.planning.recipe import check_recipe
+
+    config = check_recipe(path)
+    assert (config.model.lora_rank, config.model.lora_alpha, config.thinking.steps) == (64, 32, 3)
+
+
 def test_later_tables_win_and_an_ablation_keeps_what_it_is_about(tmp_path):
     made = study(
         tmp_path,
