@@ -1,4 +1,4 @@
-"""A small study with real processes, each of which costs seconds: what is trained, a failed cell, a second call, and the command's modes."""
+"""A small study with real processes: what is trained, a failed cell, a second call, and the command's modes."""
 
 import json
 import re
