@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def _shards(rows: Path, flags: list[str], out: Path) -> Path:
     if (out / "manifest.json").is_file() and note.is_file() and json.loads(note.read_text()) == source:
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
-    prepare.main(["--source", str(rows), "--out", str(out), "--overwrite", *flags])
+    with out.with_suffix(".txt").open("w", encoding="utf-8") as said, redirect_stdout(said):
+        prepare.main(["--source", str(rows), "--out", str(out), "--overwrite", *flags])
     write_json(note, source)
     return out
 

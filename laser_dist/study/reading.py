@@ -18,12 +18,7 @@ _WHOLE = ("datasets", "methods", "tests", "grid")
 
 def read_study(path: Path) -> Study:
     """A study file, and the one it `extends`. UserError: what is wrong in it, where, and how to mend it."""
-    table = read_table(path)
-    if extended := table.pop("extends", None):
-        # What is compared, asked and chosen is this file's own where it says so; all else is the other's, key by key.
-        parent = read_table(path.parent / extended)
-        table = merged({key: value for key, value in parent.items() if key not in _WHOLE or key not in table}, table)
-        table = {"name": path.stem} | {k: v for k, v in table.items() if k != "name" or v != parent.get("name")}
+    table = _tables(path)
     sections: dict[str, Any] = {"base": table.pop("base", {}), "grid": table.pop("grid", {})}
     for name, kind in (("datasets", Dataset), ("methods", Method), ("tests", Test)):
         rows = table.pop(name, {})
@@ -32,6 +27,24 @@ def read_study(path: Path) -> Study:
     study: Study = _read(Study, None, {"name": path.stem, **table}, str(path), file=path, **sections)
     _check(study)
     return study
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    """The file's content over that of the file it extends, if it does."""
+    if not path.is_file():
+        raise UserError(f"{path}: this study does not exist; ready ones are in launchers/studies/")
+    table = read_table(path)
+    for name in ("base", "datasets", "methods", "tests", "grid"):
+        if not isinstance(table.get(name, {}), dict):
+            raise UserError(f"{path}: {name} = {table[name]!r}: is a table: write [{name}...] above its keys")
+    extended = table.pop("extends", None)
+    if extended is None:
+        return table
+    if not isinstance(extended, str):
+        raise UserError(f"{path}: extends = {extended!r}: give the name of another study file")
+    # What is compared, asked and chosen is this file's own where it says so; all else is the other's, key by key.
+    own = {"name", *(key for key in _WHOLE if key in table)}
+    return merged({key: value for key, value in _tables(path.parent / extended).items() if key not in own}, table)
 
 
 def _read(kind: type, name: str | None, table: object, where: str, **given: Any) -> Any:
@@ -59,7 +72,8 @@ def _checked(kind: Any, value: Any, what: str) -> Any:
         return value
     plain = getattr(kind, "__origin__", None) or next((c for c in choices if c is not type(None)), kind)
     if type(value) is not plain or (plain is list and {type(v) for v in value} - set(choices) - {Any}):
-        raise UserError(f"{what}: expected {getattr(kind, '__name__', kind)}, got {type(value).__name__}")
+        wanted = kind.__name__ if isinstance(kind, type) and not choices else str(kind)
+        raise UserError(f"{what}: expected {wanted}, got {type(value).__name__}")
     return value
 
 

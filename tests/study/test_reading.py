@@ -122,13 +122,17 @@ def test_mistakes_are_named(tmp_path, text, said):
         ("seeds = [1, 1]\n", "different"),
         ('metric = "ndcg"\n', "ndcg@10"),
         ('keep = "all"\n', "must be one of none, best"),
+        ('seeds = ["a"]\n', r"expected list\[int\]"),
+        ("methods = 3\n", r"write \[methods"),
+        ("extends = 3\n", "name of another study"),
+        ('extends = "none.toml"\n', "none.toml: this study does not exist"),
         ("sedes = [1]\n", r'unknown key .* Did you mean "seeds"'),
         ('baseline = "bert"\n', "no such method"),
     ],
 )
 def test_mistakes_in_the_head_are_named(tmp_path, head, said):
     with pytest.raises(UserError, match=said):
-        study(tmp_path, "[methods.laser]\n", head=head)
+        study(tmp_path, "" if "methods" in head else "[methods.laser]\n", head=head)
 
 
 def test_budget_is_said(tmp_path):
