@@ -187,10 +187,11 @@ def _recipe(method: Method, file: Path) -> Table:
     for path in (file.parent / name, METHODS / f"{name}.toml"):
         if path.suffix == ".toml" and path.is_file():
             return read_table(path)
-    if not method.recipe:
+    if not method.recipe and (method.overrides or method.grid):
         return {}
+    # Also a method without values of its own: under a misspelt name it would be the base, and nobody would notice.
     ready = sorted(path.stem for path in METHODS.glob("*.toml"))
     raise UserError(
         f"{file}: [methods.{method.name}] recipe = {name!r}: neither a file beside the study nor one of "
-        f"{', '.join(ready)}.{suggest(name, ready)}"
+        f"{', '.join(ready) or f'those that should be in {METHODS}'}.{suggest(name, ready)}"
     )

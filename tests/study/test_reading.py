@@ -94,6 +94,7 @@ def test_extending_replaces_methods_as_a_whole(tmp_path):
         ("[methods.laser]\nsteps = 3", r"\[methods.laser\]: unknown key 'steps'"),
         ("[methods.laser]\nthinking = { step = 3 }", r'unknown key "thinking.step". Did you mean "steps"'),
         ('[methods.laser]\nrecipe = "lasre"', r'neither a file beside the study .* Did you mean "laser"'),
+        ("[methods.contrastve]", r'Did you mean "contrastive"'),
         ('[methods.laser]\npoint_of = "gircse"', "there is no such method"),
         ('[methods.a]\nteacher = "b"\n[methods.b]\npoint_of = "a"', "explicit_weight|wait for each other"),
         ("[methods.bm25]", "always there"),
