@@ -1,10 +1,13 @@
 import fcntl
+import sys
+import threading
+import time
 
 import pytest
 
 from laser_dist.errors import UserError
 from laser_dist.study.collect import Results
-from laser_dist.study.running import CellFailed, Stopped
+from laser_dist.study.running import CellFailed, Runner, Stopped
 from laser_dist.study.slurm import write_arrays
 
 
@@ -130,3 +133,35 @@ def test_slurm_arrays_follow_the_needs(make, tmp_path):
     assert ["parts=(" + part + ")" in text for part, text in zip(
         ("d/bm25 d/contrastive d/laser", "d/both-views", "d/offline-teacher"), texts, strict=True)]  # fmt: skip
     assert "--array=0-2" in texts[0] and "'a b.toml'" in texts[0] and "afterok" in texts[1]
+
+
+@pytest.fixture
+def cell(make):
+    made = next(row.cell for row in Results(make()).rows if row.cell.method == "laser")
+    made.folder.mkdir(parents=True)
+    return made
+
+
+def test_the_last_line_of_a_process_says_why_it_failed(make, cell):
+    code = "import sys; print('step 1'); print('error: no memory\\n', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(CellFailed, match=r"error: no memory \(exit code 3, .*log.txt\)"):
+        Runner(make(), print)._call(cell, "training", [sys.executable, "-c", code])
+    assert "step 1" in (cell.folder / "log.txt").read_text()
+
+
+def test_stop_ends_what_runs_and_begins_nothing(make, cell):
+    """What a scheduler's SIGTERM does: the cell's process gets it, and is no failure."""
+    runner = Runner(make(), print)
+
+    def when_it_runs() -> None:
+        deadline = time.monotonic() + 60
+        while not runner.processes and time.monotonic() < deadline:
+            time.sleep(0.05)
+        runner.stop()
+
+    threading.Thread(target=when_it_runs).start()
+    with pytest.raises(Stopped, match="stopped by a signal"):
+        runner._call(cell, "training", [sys.executable, "-c", "import time; time.sleep(120)"])
+    assert not runner.processes
+    with pytest.raises(Stopped, match="not begun"):
+        runner._call(cell, "training", [sys.executable, "-c", ""])
