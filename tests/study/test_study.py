@@ -11,6 +11,8 @@ from laser_dist.errors import UserError
 from laser_dist.study import command
 from laser_dist.testing import tiny_model_folder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
