@@ -180,6 +180,8 @@ class Runner:
                 raise Stopped(f"{cell.name}: not begun")
             process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
             self.processes.add(process)
+            if self.stopping:  # asked while it was being started
+                process.terminate()
             try:
                 code = process.wait()
             finally:
