@@ -109,6 +109,7 @@ class Views(NamedTuple):
     segments_BKD: Tensor | None  # the segment state that each step is aligned with
     soft_token_entropy: Tensor  # scalar, nats; 0 when K = 1 needs no soft token
     row_norms_R: Tensor | None = None  # (R,) - the shortest vector of a row before it gets unit length; no gradient
+    passage_steps_PKD: Tensor | None = None  # where the objective compares steps
 
 
 def pack(rows: Sequence[TokenSequence], eos: int | None = None, **comparison: Any) -> PackedBatch:

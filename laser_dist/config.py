@@ -6,6 +6,7 @@ handed to DeepSpeed. Every value is checked before a process group starts; every
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import string
@@ -198,6 +199,13 @@ class ObjectiveConfig:
     """Lambda 2: distillation of the explicit view's ranking into the latent view."""
     trajectory_weight: float = 0.1
     """Lambda 3: distillation of rationale segments into latent steps."""
+    steps_weight: float = 0.0
+    """InfoNCE of the vectors after 1 .. K-1 latent steps, of queries and passages alike, summed. With 1 here and in
+    refinement_weight the loss is K times GIRCSE's (arXiv 2509.24291)."""
+    refinement_weight: float = 0.0
+    """K times the mean over steps of how far log InfoNCE rises from one step to the next: GIRCSE's penalty."""
+    teacher: str | None = None
+    """A trained model whose explicit view, frozen, teaches instead of the run's own; needs explicit_weight = 0."""
     ramp_steps: int = 0
     """Lambda 2 and 3 rise linearly from 0 over this many optimizer steps; 0 starts at full weight."""
     temperature: float = 0.02
@@ -218,7 +226,8 @@ class ObjectiveConfig:
     """All ranks' passages on every rank, or passing by in a ring where they do not fit (N x D x 6 bytes)."""
 
     def __post_init__(self) -> None:
-        for name in ("explicit_weight", "output_weight", "trajectory_weight"):
+        names = ("explicit_weight", "output_weight", "trajectory_weight", "steps_weight", "refinement_weight")
+        for name in names:
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, f"objective.{name}", value, "must be finite and 0 or more")
         for name in ("temperature", "distill_temperature", "trajectory_temperature"):
@@ -234,6 +243,17 @@ class ObjectiveConfig:
         if self.passages == "ring" and self.kernel == "reference":
             raise UserError('objective.passages = "ring" needs objective.kernel auto, triton or chunked')
         _require(self.ramp_steps >= 0, "objective.ramp_steps", self.ramp_steps, "must be 0 or more")
+
+        if self.teacher:
+            remedy = "must be 0 with objective.teacher, which is frozen and learns nothing"
+            _require(self.explicit_weight == 0, "objective.explicit_weight", self.explicit_weight, remedy)
+            remedy = "has nothing to teach: give output_weight or trajectory_weight, or leave it out"
+            _require(self.output_weight + self.trajectory_weight > 0, "objective.teacher", self.teacher, remedy)
+
+    @property
+    def compares_steps(self) -> bool:
+        """Whether passages are compared after each latent step, too."""
+        return self.steps_weight > 0 or self.refinement_weight > 0
 
     @property
     def needs_rationale(self) -> bool:
@@ -499,6 +519,12 @@ class RunConfig:
             self.text.max_explicit_tokens,
             f"must exceed text.max_query_tokens = {self.text.max_query_tokens} by at least 2 (a rationale token, EOS)",
         )
+        _require(
+            self.thinking.steps > 1 or not self.objective.compares_steps,
+            "thinking.steps",
+            self.thinking.steps,
+            "objective.steps_weight and refinement_weight compare the steps before the last: at least 2, or set them 0",
+        )
         files = {name: getattr(self.evaluation, name) for name in ("corpus", "queries", "qrels")}
         given = [name for name, value in files.items() if value]
         _require(len(given) in (0, 3), "evaluation", given, "give corpus, queries and qrels together, or none of them")
@@ -530,16 +556,20 @@ def _is_text(value: object) -> bool:
 
 
 def load_config(arguments: Sequence[str], prog: str = "laser-dist train") -> RunConfig:
-    """`[RECIPE.toml] [--section.field value ...]` -> a validated RunConfig; UserError names key, value and remedy."""
+    """`[RECIPE.toml ...] [--section.field value ...]` -> a validated RunConfig; UserError names key, value and remedy.
+
+    Of several recipes a later one's values replace an earlier one's: a base, and what a method changes.
+    """
     import tyro  # here, because `laser-dist --help` must not pay for it
 
-    arguments = list(arguments)
-    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    if not recipe and (later := [word for word in arguments if word.endswith(".toml")]):
+    words = list(arguments)
+    recipes = [Path(word) for word in itertools.takewhile(lambda word: not word.startswith("-"), words)]
+    flags = words[len(recipes) :]
+    if not recipes and (later := [word for word in flags if word.endswith(".toml")]):
         raise UserError(f"the recipe stands first: {prog} {later[0]} --section.field value ...")
-    defaults = read_recipe(Path(recipe)) if recipe else RunConfig()
-    arguments = rename_flags(arguments)
-    config = tyro.cli(RunConfig, args=arguments, default=defaults, prog=f"{prog} RECIPE.toml", description=TRAIN_HELP)
+    defaults = read_recipe(*recipes) if recipes else RunConfig()
+    flags = rename_flags(flags)
+    config = tyro.cli(RunConfig, args=flags, default=defaults, prog=f"{prog} RECIPE.toml", description=TRAIN_HELP)
     config.validate()
     return config
 
@@ -550,15 +580,37 @@ Examples:
   laser-dist train launchers/recipes/quickstart.toml --output runs/mine
   laser-dist train recipe.toml --output runs/k6 --thinking.steps 6 --optimizer.learning-rate 5e-5
   laser-dist train recipe.toml --output runs/k6 --resume
+  laser-dist train recipe.toml launchers/recipes/methods/gircse.toml --output runs/gircse
   deepspeed --num_gpus 8 --module laser_dist.train recipe.toml --output runs/eight
 """
 
 
-def read_recipe(path: Path) -> RunConfig:
-    """A TOML recipe as a RunConfig (not yet validated as a whole)."""
+def read_recipe(path: Path, *others: Path) -> RunConfig:
+    """A TOML recipe as a RunConfig (not yet validated as a whole); the `others`' values replace its own."""
+    tables = [read_table(recipe) for recipe in (path, *others)]
+    return recipe_of(merged(*tables), " + ".join(map(str, (path, *others))))
+
+
+def recipe_of(table: dict[str, Any], source: str) -> RunConfig:
+    """A recipe's values as a RunConfig (not yet validated as a whole); UserErrors begin with `source`."""
+    return _from_table(RunConfig, table, source, "")
+
+
+def merged(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """Nested tables as one; later values replace earlier ones, key by key."""
+    table = dict(first)
+    for other in others:
+        for key, value in other.items():
+            both = isinstance(value, dict) and isinstance(table.get(key), dict)
+            table[key] = merged(table[key], value) if both else value
+    return table
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A TOML file's content. UserError where there is none."""
     try:
         # Editors on Windows put a mark first.
-        table = tomllib.loads(read_file(path, _LARGEST_RECIPE).decode("utf-8-sig"))
+        return rename_keys(tomllib.loads(read_file(path, _LARGEST_RECIPE).decode("utf-8-sig")), str(path))
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; ready ones are in launchers/recipes/") from None
     except OSError as error:
@@ -567,7 +619,6 @@ def read_recipe(path: Path) -> RunConfig:
         raise UserError(f"recipe {path} is not valid TOML: {error}") from None
     except RecursionError:
         raise UserError(f"recipe {path} is not valid TOML: it is nested too deeply") from None
-    return _from_table(RunConfig, rename_keys(table, str(path)), str(path), "")
 
 
 def _from_table(cls: type, table: dict[str, Any], source: str, prefix: str) -> Any:

@@ -16,7 +16,7 @@ Settings = dict[str, Any]
 
 # Keys of the recipe that came after checkpoints began to record settings. They are no part of the hash, or the
 # checkpoints that have nothing else would be refused.
-NEWER: frozenset[str] = frozenset()
+NEWER = frozenset({"objective.steps_weight", "objective.refinement_weight", "objective.teacher"})
 
 
 def fingerprint(config: RunConfig, sets: list[Any]) -> str:

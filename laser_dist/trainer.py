@@ -38,7 +38,7 @@ from laser_dist.retrieval.card import RetrieverCard
 from laser_dist.retrieval.encoder import LaserEncoder
 from laser_dist.retrieval.evaluation.evaluate import evaluate
 from laser_dist.run_folder import checkpoints_of
-from laser_dist.run_inputs import open_inputs, open_quarantine, total_steps, write_config
+from laser_dist.run_inputs import frozen_teacher, open_inputs, open_quarantine, total_steps, write_config
 from laser_dist.run_page.report import page_at_end
 from laser_dist.watch import pulse, watchdog
 
@@ -57,8 +57,12 @@ class Trainer:
         if config.launch.preflight:
             with pulse.phase("preflight"):
                 preflight(config, ds_config, self.data, device)
-        guarded = config.guard.alarm != "off"
-        self.objective = AlignmentObjective(config.objective, config.trajectory_temperature, evidence=guarded)
+        self.objective = AlignmentObjective(
+            config.objective,
+            config.trajectory_temperature,
+            frozen_teacher(config, device),
+            evidence=config.guard.alarm != "off",
+        )
         self.kernel = self.objective.kernel_on(device)
         self.attention = check_attention(config.model, device)
         torch.manual_seed(config.seed)
@@ -68,6 +72,7 @@ class Trainer:
             steps=config.thinking.steps,
             convention=config.thinking.convention,
             attention=config.model.attention,
+            passage_steps=config.objective.compares_steps,
         )
         self.size = ModelSize.of(self.retriever)
         self.peak_flops = peak_flops(device, config.logging.peak_tflops)

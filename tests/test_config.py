@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from laser_dist.config import RunConfig, load_config, read_recipe, to_toml
+from laser_dist.config import ObjectiveConfig, RunConfig, load_config, read_recipe, to_toml
 from laser_dist.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -239,3 +239,27 @@ def test_trajectory_temperature_follows_the_convention(recipe):
 def test_ready_made_recipes_are_readable(path):
     config = read_recipe(path)
     assert read_recipe(path) == config
+
+
+def test_later_recipes_replace_values_of_earlier_ones(complete, tmp_path):
+    """A method over a base: what the method does not name stays."""
+    method = tmp_path / "method.toml"
+    method.write_text("[thinking]\nsteps = 5\n[objective]\ntemperature = 0.5\n")
+    config = load_config([*complete, str(method), "--objective.temperature", "0.7"])
+    assert (config.thinking.steps, config.objective.temperature) == (5, 0.7)
+    assert config.model == load_config(complete).model
+    method.write_text("[thinking]\nstep = 5\n")
+    with pytest.raises(UserError, match=r'method.toml: unknown key "thinking.step"'):
+        load_config([*complete, str(method)])
+
+
+def test_steps_are_compared_where_there_are_several(complete):
+    with pytest.raises(UserError, match="thinking.steps = 1: .*at least 2"):
+        load_config([*complete, "--thinking.steps", "1", "--objective.steps-weight", "1"])
+
+
+def test_a_frozen_teacher_does_not_learn(complete):
+    with pytest.raises(UserError, match="objective.explicit_weight = 1.0: .*frozen"):
+        load_config([*complete, "--objective.teacher", "runs/a"])
+    with pytest.raises(UserError, match="nothing to teach"):
+        ObjectiveConfig(teacher="runs/a", explicit_weight=0.0, output_weight=0.0, trajectory_weight=0.0)

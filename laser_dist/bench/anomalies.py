@@ -21,6 +21,7 @@ from laser_dist.distributed.collectives import gather_objects, rank
 from laser_dist.ds_config import resolve
 from laser_dist.errors import UserError
 from laser_dist.guard.replicas import bit_sum
+from laser_dist.objective.alignment import AlignmentObjective
 from laser_dist.trainer import Trainer
 
 STAGES = ("zero0", "zero1", "zero2", "zero3-test")
@@ -114,13 +115,14 @@ def again(trainer: Trainer, stack: contextlib.ExitStack) -> None:
 
 
 def infinite_term(trainer: Trainer, stack: contextlib.ExitStack) -> None:
-    compare = trainer.objective.compare
+    right = AlignmentObjective.__call__
 
-    def changed(*args: Any, **options: Any) -> Any:
-        loss = compare(*args, **options)
+    def changed(*args: Any) -> Any:
+        loss = right(*args)
         return replace(loss, terms={**loss.terms, "kl_output": loss.terms["kl_output"] + torch.inf})
 
-    trainer.objective.compare = changed  # type: ignore[method-assign]
+    AlignmentObjective.__call__ = changed  # type: ignore[method-assign, assignment]
+    stack.callback(setattr, AlignmentObjective, "__call__", right)
 
 
 def broken_weight(trainer: Trainer, stack: contextlib.ExitStack) -> None:

@@ -65,6 +65,26 @@ class _GatherRows(torch.autograd.Function):
         return own, None
 
 
+class Ranks:
+    """The ranks of the process group, as the objective meets them."""
+
+    @property
+    def own(self) -> int:
+        """This one's number, from 0."""
+        return rank()
+
+    @property
+    def count(self) -> int:
+        """W."""
+        return world_size()
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        return gather_rows(rows)
+
+    def gather_rows_with_gradient(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        return gather_rows_with_gradient(rows, dtype)
+
+
 _received = 0
 
 

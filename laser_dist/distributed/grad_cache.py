@@ -67,16 +67,14 @@ class GradCache:
 def _places(chunk: Tensor, queries: int) -> Views:
     """For each field of Views, where a chunk's rows lie in the whole batch's."""
     of_queries, of_passages = chunk[chunk < queries], chunk[chunk >= queries] - queries
-    return Views(of_queries, of_passages, of_queries, of_queries, of_queries, chunk, chunk)
+    return Views(of_queries, of_passages, of_queries, of_queries, of_queries, chunk, chunk, of_passages)
 
 
 def _join(parts: list[Views], chunks: list[Tensor], queries: int) -> Views:
     """The chunks' views in the batch's order, as leaves that take gradients."""
     places = [_places(chunk, queries) for chunk in chunks]
     joined: dict[str, Tensor | None] = {}
-    for field in Views._fields:
-        if field == "soft_token_entropy":  # a mean, and no rows
-            continue
+    for field in (name for name in Views._fields if name != "soft_token_entropy"):  # a mean, and no rows
         found = [(getattr(part, field), getattr(at, field)) for part, at in zip(parts, places, strict=True)]
         kept = [(x, at) for x, at in found if x is not None]
         if not kept:

@@ -1,6 +1,8 @@
 """The step of a dump, computed again in one process: the ranks one after the other, their passages side by side."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from laser_dist.batch import PackedBatch, Views
 from laser_dist.config import ModelConfig, RunConfig
+from laser_dist.distributed.collectives import Ranks
 from laser_dist.distributed.grad_cache import GradCache, random_state, set_random_state
 from laser_dist.errors import UserError
 from laser_dist.guard.dump import Report
@@ -19,6 +22,7 @@ from laser_dist.model.retriever import LaserRetriever
 from laser_dist.objective.alignment import AlignmentObjective, LossTerms
 from laser_dist.observability.scalars import term_gradient_norms
 from laser_dist.run_folder import checkpoints_of
+from laser_dist.run_inputs import frozen_teacher
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,13 @@ def load_retriever(config: RunConfig, weights: Weights, dtype: str, device: torc
         lm = prepare_for_training(lm, model)
     attention = config.model.attention if device.type == "cuda" else "auto"
     thinking = config.thinking
-    retriever = LaserRetriever(lm, steps=thinking.steps, convention=thinking.convention, attention=attention)
+    retriever = LaserRetriever(
+        lm,
+        steps=thinking.steps,
+        convention=thinking.convention,
+        attention=attention,
+        passage_steps=config.objective.compares_steps,
+    )
     return retriever.to(device)
 
 
@@ -123,21 +133,26 @@ def run_again(
     device: torch.device,
 ) -> Again:
     """Forward, loss, gradients of vectors and of parameters; `batches` per micro-batch and rank."""
-    objective, again = AlignmentObjective(config.objective, config.trajectory_temperature, evidence=True), Again()
-    for number, ranks in enumerate(batches):
+    ranks, again = SideBySide(), Again()
+    objective = AlignmentObjective(
+        config.objective, config.trajectory_temperature, frozen_teacher(config, device), evidence=True, ranks=ranks
+    )
+    for number, packed_batches in enumerate(batches):
         caches, micros, views = [], [], []
-        for packed, state in ranks:
+        for packed, state in packed_batches:
             batch, cache = packed.to(device), GradCache(_Alone(retriever, device), always=True)  # type: ignore[arg-type]
             if len(state) == len(random_state(device)):  # of another kind of device there is nothing to go on with
                 set_random_state(state, device)
             views.append(cache.forward(batch, report.chunks[number]))
             caches.append(cache)
             micros.append(MicroBatch(batch, report.chunks[number], state))
-        losses = _losses(objective, report, views, [micro.batch for micro in micros])
+        losses = ranks.run(
+            [partial(objective, own, micro.batch, report.step - 1) for own, micro in zip(views, micros, strict=True)]
+        )
         again.term_norms.append([_term_norms(loss, own) for loss, own in zip(losses, views, strict=True)])
         total = torch.stack([loss.total for loss in losses]).sum()
         gradients = _gradients(total, views)
-        share = len(ranks) * len(batches)
+        share = len(packed_batches) * len(batches)
         for cache, found in zip(caches, gradients, strict=True):
             cache.pass_on([None if g is None else g / share for g in found])
         values = [of_loss(loss) | of_views(own) | loss.evidence for loss, own in zip(losses, views, strict=True)]
@@ -153,24 +168,39 @@ def run_again(
     return again
 
 
-def _losses(
-    objective: AlignmentObjective, report: Report, views: list[Views], batches: list[PackedBatch]
-) -> list[LossTerms]:
-    """Of each rank, with all ranks' passages beside each other instead of gathered."""
-    dtype = objective.score_dtype(views[0])
-    passages_ND = torch.cat([own.passage_PD.to(dtype) for own in views])
-    keys_N = _keys(objective, batches)
-    return [
-        objective.compare(
-            own,
-            batch,
-            report.step - 1,
-            passages_ND,
-            batch.passage_keys_P if keys_N is None else keys_N,
-            ranks=(r, len(views)),
-        )
-        for r, (own, batch) in enumerate(zip(views, batches, strict=True))
-    ]
+class SideBySide(Ranks):
+    """Ranks that run one after the other in one process: what each sends is noted, and there for the others next time.
+
+    Runs are repeated until nothing that was sent depends on what was not there yet: GIRCSE's penalty takes the mean
+    over ranks of losses, which themselves need all ranks' passages.
+    """
+
+    ROUNDS = 3
+
+    own, count = 0, 1
+
+    def run(self, ranks: list[Callable[[], LossTerms]]) -> list[LossTerms]:
+        """What each of the ranks' calls returns."""
+        self.count = len(ranks)
+        before: list[list[Tensor]] = []
+        for _ in range(self.ROUNDS if len(ranks) > 1 else 1):
+            self.before, self.sent, losses = before, [list[Tensor]() for _ in ranks], []
+            for self.own, call in enumerate(ranks):  # noqa: B020
+                losses.append(call())
+            before = self.sent
+        return losses
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        return self._beside(rows).detach()
+
+    def gather_rows_with_gradient(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._beside(rows.to(dtype))
+
+    def _beside(self, rows: Tensor) -> Tensor:
+        turn = len(self.sent[self.own])
+        self.sent[self.own].append(rows)
+        others = [sent[turn] if self.before else rows for sent in (self.before or self.sent)]
+        return torch.cat([*others[: self.own], rows, *others[self.own + 1 :]])
 
 
 def _keys(objective: AlignmentObjective, batches: list[PackedBatch]) -> Tensor | None:

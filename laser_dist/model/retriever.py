@@ -22,9 +22,18 @@ from laser_dist.observability.spans import span
 class LaserRetriever(nn.Module):
     """A causal LM, plain or with LoRA, as a retriever that thinks K latent steps; ZeRO's root forward."""
 
-    def __init__(self, lm: nn.Module, *, steps: int = 3, convention: str = "official", attention: str = "auto"):
-        """`attention`: auto, flash, varlen or sdpa; see `choose_attention`."""
+    def __init__(
+        self,
+        lm: nn.Module,
+        *,
+        steps: int = 3,
+        convention: str = "official",
+        attention: str = "auto",
+        passage_steps: bool = False,
+    ):
+        """`attention`: auto, flash, varlen or sdpa; see `choose_attention`. `passage_steps`: keep passages' states."""
         super().__init__()
+        self.passage_steps = passage_steps
         self.attention = attention
         self.lm = lm
         self.steps = steps
@@ -58,6 +67,7 @@ class LaserRetriever(nn.Module):
             segments_BKD=segments_BKD,
             soft_token_entropy=entropy,
             row_norms_R=row_norms_R,
+            passage_steps_PKD=thoughts_RKD[b:] if self.passage_steps else None,
         )
 
     def think(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:

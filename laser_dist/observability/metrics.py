@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from laser_dist.config import RunConfig, to_toml
 from laser_dist.files import replacing
-from laser_dist.objective.terms import TERMS
+from laser_dist.objective.terms import STEP_TERMS, TERMS
 from laser_dist.reading import decode_json
 
 if TYPE_CHECKING:
@@ -18,10 +18,16 @@ if TYPE_CHECKING:
 
 # name -> (unit, how it is reduced over ranks, what it says)
 SCALARS = {
-    **{f"loss/{term}": ("nats", "mean", f"the {term} term, unweighted") for term in TERMS},
+    **{f"loss/{term}": ("nats", "mean", f"the {term} term, unweighted") for term in (*TERMS, *STEP_TERMS)},
     "loss/total": ("nats", "mean", "the weighted sum that is minimised"),
-    **{f"weight/{term}": ("1", "equal on all ranks", f"weight of {term} at this step") for term in TERMS},
-    **{f"gradient_norm/{term}": ("1/cosine", "mean", f"norm of d {term} / d vectors and states") for term in TERMS},
+    **{
+        f"weight/{term}": ("1", "equal on all ranks", f"weight of {term} at this step")
+        for term in (*TERMS, *STEP_TERMS)
+    },
+    **{
+        f"gradient_norm/{term}": ("1/cosine", "mean", f"norm of d {term} / d vectors and states")
+        for term in (*TERMS, *STEP_TERMS)
+    },
     "train/gradient_norm": ("1", "global", "norm of all gradients before clipping"),
     "guard/shortest_row": (
         "share",

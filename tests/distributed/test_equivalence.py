@@ -15,8 +15,9 @@ from laser_dist.distributed.engine import Engine, NonFiniteGradient, init_distri
 from laser_dist.distributed.grad_cache import GradCache
 from laser_dist.model.backbone import load_backbone, load_tokenizer, prepare_for_training
 from laser_dist.model.retriever import LaserRetriever
+from laser_dist.model.teacher import FrozenTeacher
 from laser_dist.objective.alignment import AlignmentObjective
-from laser_dist.objective.terms import TERMS
+from laser_dist.objective.terms import STEP_TERMS, TERMS
 from laser_dist.testing import assert_close_relative, run_distributed, tiny_model_folder
 
 # Gradients here reach 20 and are good to 7e-5 in float32 (against float64): this rate moves weights by up to their own
@@ -28,6 +29,8 @@ TOLERANCE = 1e-5
 CHUNKED = 5e-5
 WORDS = "heat makes steam float above metal while cold stone keeps the drop still and bright under water".split()
 OBJECTIVE = ObjectiveConfig(temperature=0.1, distill_temperature=0.1, output_weight=2.0, trajectory_weight=0.5)
+OF_STEPS = replace(OBJECTIVE, steps_weight=1.0, refinement_weight=1.0)
+OFFLINE, FROZEN = replace(OBJECTIVE, explicit_weight=0.0, teacher="as the model began"), "with a frozen teacher"
 
 
 def examples() -> list[Example]:
@@ -63,13 +66,18 @@ def build(folder: Path, *, lora: bool, checkpointing: bool, dropout: float = 0.0
     for name, parameter in lm.named_parameters():  # LoRA's B starts at zero, where A has no gradient to compare
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    return LaserRetriever(lm, steps=3), TextFormat(load_tokenizer(config), TextConfig(), steps=3)
+    return LaserRetriever(lm, steps=3, passage_steps=True), TextFormat(load_tokenizer(config), TextConfig(), steps=3)
 
 
 def loss_of(model, text: TextFormat, share: list[Example], term: str | None) -> Tensor:
     batch = text.batch(share, [(e.positives[0], *e.negatives) for e in share], with_rationale=True)
-    loss = AlignmentObjective(OBJECTIVE, 0.1)(model(batch), batch, step=0)
-    return loss.total if term is None else loss.terms[term]
+    if term == FROZEN:
+        teacher = build(Path(text.tokenizer.name_or_path), lora=False, checkpointing=False)[0]
+        objective = AlignmentObjective(OFFLINE, 0.1, FrozenTeacher(teacher, steps=3, convention="official"))
+    else:
+        objective = AlignmentObjective(OF_STEPS if term in STEP_TERMS else OBJECTIVE, 0.1)
+    loss = objective(model(batch), batch, step=0)
+    return loss.total if term in (None, FROZEN) else loss.terms[term]
 
 
 def reference_update(folder: Path, *, lora: bool, term: str | None = None) -> dict[str, Tensor]:
@@ -125,7 +133,7 @@ def test_update_equals_one_process_with_the_whole_batch(world_size: int, folders
     """A term scaled by W, a gather without gradient, K/V lost to checkpointing, a partitioned embedding show here."""
     cases = list(itertools.product(folders, range(4), (False, True), (False, True), (None,)))
     if world_size == 2:
-        cases += [(tying, 3, True, False, term) for tying in folders for term in TERMS]
+        cases += [(tying, 3, True, False, term) for tying in folders for term in (*TERMS, *STEP_TERMS, FROZEN)]
     actual = run_distributed(updates_of_rank, world_size, folders, cases, timeout=600)[0]
     references = {}
     for case, update in zip(cases, actual, strict=True):

@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 def retriever(folder, convention: str, steps: int) -> tuple[LaserRetriever, TextFormat]:
     lm = load_backbone(ModelConfig(name=str(folder), dtype="float32")).double().eval()
     text = TextFormat(load_tokenizer(ModelConfig(name=str(folder))), TextConfig(), steps=steps)
-    return LaserRetriever(lm, steps=steps, convention=convention), text
+    return LaserRetriever(lm, steps=steps, convention=convention, passage_steps=steps > 2), text
 
 
 def batch_of(text: TextFormat, examples, *, with_rationale: bool) -> PackedBatch:
@@ -84,6 +84,7 @@ def test_any_number_of_chunks_gives_the_whole_batches_gradients(
     model, text = retriever(folder, convention, steps)
     batch = batch_of(text, training_examples, with_rationale=with_rationale)
     weights = {} if with_rationale else {"explicit_weight": 0.0, "output_weight": 0.0, "trajectory_weight": 0.0}
+    weights |= {"steps_weight": 0.5, "refinement_weight": 0.5} if steps > 2 else {}
     objective = ObjectiveConfig(temperature=0.1, distill_temperature=0.1, kernel="reference", **weights)
     loss, entropy, expected = gradients_of(model, batch, 1, objective)
     for chunks in (2, 3, 5, len(batch.lengths_R)):

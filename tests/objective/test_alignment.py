@@ -10,7 +10,7 @@ from laser_dist.batch import PackedBatch, Views
 from laser_dist.config import ObjectiveConfig, RunConfig, ThinkingConfig
 from laser_dist.model.retriever import unit
 from laser_dist.objective.alignment import AlignmentObjective
-from laser_dist.objective.terms import TERMS
+from laser_dist.objective.terms import STEP_TERMS, TERMS
 from laser_dist.testing import assert_close_relative, run_distributed
 from laser_dist.testing.published import all_rows_loss
 
@@ -20,6 +20,10 @@ CONFIG = ObjectiveConfig(
 )
 UNMASKED = replace(CONFIG, mask_false_negatives=False)
 FIELDS = ("query_BD", "passage_PD", "query_steps_BKD", "teacher_BD", "segments_BKD")
+STEP_FIELDS = ("query_steps_BKD", "passage_steps_PKD")
+GIRCSE = replace(
+    UNMASKED, explicit_weight=0.0, output_weight=0.0, trajectory_weight=0.0, steps_weight=1.0, refinement_weight=1.0
+)
 
 
 def make_views() -> Views:
@@ -199,10 +203,18 @@ def outcome_of_rank(rank: int, world_size: int) -> list[dict[str, dict[str, Tens
     return outcomes
 
 
-@pytest.mark.parametrize("world_size", [2])
-def test_ranks_together_equal_one_process(world_size):
+def everything_of_rank(rank: int, world_size: int) -> tuple[list, dict]:
+    return outcome_of_rank(rank, world_size), steps_of_rank(rank, world_size)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[tuple[list, dict]]:
+    return run_distributed(everything_of_rank, 2, init=True)
+
+
+def test_ranks_together_equal_one_process(two_ranks):
     """Mean over ranks of the values, and of the gradient: of each term apart, since errors in two can cancel."""
-    ranks = run_distributed(outcome_of_rank, world_size, init=True)
+    ranks = [found for found, _ in two_ranks]
     gathered, published, ring = zip(*ranks, strict=True)
     whole = outcome_of_rank(0, 1)
     for ours in (gathered, ring):
@@ -221,3 +233,78 @@ def assert_same_gradient(ranks: list[dict[str, Tensor]], whole: dict[str, Tensor
     for field, gradient in whole.items():
         joined = torch.cat([rank[field] for rank in ranks]) / len(ranks)
         assert_close_relative(joined, gradient, 1e-12, f"{term}: gradient of {field}")
+
+
+def thinking_views(seed: int = 5) -> Views:
+    """Views whose vectors are the means of their states, as the model makes them; the states are leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = [torch.randn(n, K, D, generator=generator, dtype=torch.float64).requires_grad_() for n in (B, B * G)]
+    query_BKD, passage_PKD = steps
+    return Views(
+        unit(query_BKD.mean(1)), unit(passage_PKD.mean(1)), query_BKD, None, None, torch.tensor(1.5), passage_PKD
+    )
+
+
+def step_gradients(total: Tensor, views: Views) -> dict[str, Tensor]:
+    values = torch.autograd.grad(total, [getattr(views, name) for name in STEP_FIELDS], retain_graph=True)
+    return dict(zip(STEP_FIELDS, values, strict=True))
+
+
+def gircse(queries_BKD: Tensor, passages_PKD: Tensor, labels_B: Tensor, temperature: float) -> Tensor:
+    """The loss as published (embedding/trainer.py of Roytsai27/GIRCSE), over all ranks' rows."""
+    losses = []
+    for k in range(1, K + 1):
+        query_BD, passage_PD = (unit(states[:, :k].mean(1)) for states in (queries_BKD, passages_PKD))
+        losses.append(torch.nn.functional.cross_entropy(query_BD @ passage_PD.T / temperature, labels_B))
+    loss_K = torch.stack(losses)
+    return loss_K.mean() + torch.relu((loss_K + 1e-8).log().diff()).mean()
+
+
+@pytest.mark.parametrize("seed", [5, 6, 8])
+def test_both_step_weights_make_k_times_the_published_gircse(seed):
+    views, batch = thinking_views(seed), whole_batch()
+    loss = AlignmentObjective(GIRCSE, 0.4)(views, batch, 0)
+    expected = K * gircse(views.query_steps_BKD, views.passage_steps_PKD, batch.labels_B, 0.2)
+    assert_close_relative(loss.total, expected, 1e-7, "total")  # 1e-8 inside both logarithms
+    found, wanted = step_gradients(loss.total, views), step_gradients(expected, views)
+    for name in STEP_FIELDS:
+        assert_close_relative(found[name], wanted[name], 1e-6, name)
+
+
+def test_some_of_these_batches_get_worse_with_a_step():
+    """Else the comparison above would not see the penalty."""
+    penalties = [
+        AlignmentObjective(GIRCSE, 0.4)(thinking_views(s), whole_batch(), 0).terms["refinement"] for s in (5, 6, 8)
+    ]
+    assert max(penalties) > 0
+
+
+def test_steps_that_are_not_asked_for_are_not_there():
+    loss = AlignmentObjective(CONFIG, 0.4)(make_views(), whole_batch(), 0)
+    assert not set(STEP_TERMS) & (set(loss.terms) | set(AlignmentObjective(CONFIG, 0.4).weights(0)))
+
+
+def steps_of_rank(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
+    b, p = B // world_size, B * G // world_size
+    whole, batch = thinking_views(), whole_batch()
+    query_BKD = whole.query_steps_BKD.detach()[rank * b : (rank + 1) * b].requires_grad_()
+    passage_PKD = whole.passage_steps_PKD.detach()[rank * p : (rank + 1) * p].requires_grad_()
+    views = Views(
+        unit(query_BKD.mean(1)), unit(passage_PKD.mean(1)), query_BKD, None, None, torch.tensor(1.5), passage_PKD
+    )
+    batch = replace(batch, queries=b, labels_B=batch.labels_B[rank * b : (rank + 1) * b] - rank * p)
+    found = {}
+    for passages in ("gather", "ring"):
+        loss = AlignmentObjective(replace(GIRCSE, passages=passages), 0.4)(views, batch, 0)
+        found[passages] = step_gradients(loss.total, views) | {"refinement": loss.terms["refinement"].detach()}
+    return found
+
+
+def test_penalty_over_ranks_is_the_global_batchs(two_ranks):
+    """relu(log L_k - log L_k-1) of a rank's own means would be another number, and another gradient."""
+    ranks, whole = [found for _, found in two_ranks], steps_of_rank(0, 1)["gather"]
+    for passages in ("gather", "ring"):
+        found = [rank[passages] for rank in ranks]
+        for rank in found:
+            assert_close_relative(rank.pop("refinement"), whole["refinement"], 1e-12, "refinement")
+        assert_same_gradient(found, {name: whole[name] for name in STEP_FIELDS}, passages)

@@ -1,0 +1,1 @@
+"""`laser-dist study`: methods x seeds x datasets as separate runs, and one report of what came out."""

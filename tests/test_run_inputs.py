@@ -1,0 +1,40 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from laser_dist.config import ModelConfig, ObjectiveConfig, RunConfig, TextConfig
+from laser_dist.errors import UserError
+from laser_dist.retrieval.card import RetrieverCard
+from laser_dist.run_inputs import fingerprint, frozen_teacher
+from laser_dist.testing import tiny_model_folder
+
+DATA = SimpleNamespace(fingerprint=lambda: [])
+OFFLINE = ObjectiveConfig(explicit_weight=0.0, teacher="elsewhere")
+
+
+def test_what_decides_numbers_is_in_the_fingerprint():
+    plain = RunConfig()
+    for objective in (ObjectiveConfig(steps_weight=1.0), ObjectiveConfig(refinement_weight=1.0), OFFLINE):
+        without = replace(objective, steps_weight=0.0, refinement_weight=0.0, teacher=None)
+        of_it, of_plain = (fingerprint(replace(plain, objective=x), DATA) for x in (objective, without))
+        assert of_it != of_plain
+
+
+def test_teacher_is_loaded_frozen_and_must_read_the_same_tokens(tmp_path):
+    folder = tiny_model_folder(tmp_path / "teacher", seed=1)
+    RetrieverCard(text=TextConfig(chat_template="never")).save(folder)
+    config = RunConfig(
+        model=ModelConfig(name=str(tiny_model_folder(tmp_path / "student")), dtype="float32"),
+        text=TextConfig(chat_template="never"),
+        objective=replace(OFFLINE, teacher=str(folder)),
+    )
+    teacher = frozen_teacher(config, torch.device("cpu"))
+    assert teacher is not None and not any(p.requires_grad for p in teacher.retriever.parameters())
+    assert frozen_teacher(replace(config, objective=ObjectiveConfig()), torch.device("cpu")) is None
+    other = replace(config, text=TextConfig(chat_template="never", max_query_tokens=100))
+    with pytest.raises(UserError, match="other tokens than the run"):
+        frozen_teacher(other, torch.device("cpu"))
+    with pytest.raises(UserError, match="does not exist"):
+        frozen_teacher(replace(config, objective=replace(OFFLINE, teacher="./nowhere")), torch.device("cpu"))
