@@ -113,11 +113,20 @@ _MACHINE = Healthy("none known: depends on the machine; compare with another run
 # For every name in SCALARS, what is healthy, judged by the median of a run's last tenth. The limits are rules of thumb
 # of this project, not measured thresholds: they say where to look first.
 HEALTHY = {
-    **{f"loss/{term}": Healthy("finite; contrastive ones falling from about ln N", low=-1e-3) for term in TERMS},
+    **{
+        f"loss/{term}": Healthy("finite; contrastive ones falling from about ln N", low=-1e-3)
+        for term in (*TERMS, *STEP_TERMS)
+    },
     "loss/total": Healthy("finite, and falling once all weights are up", low=-1e-3),
-    **{f"weight/{term}": Healthy("as the recipe says", low=0) for term in TERMS},
-    **{f"gradient_norm/{term}": Healthy("none known; the terms within a factor of 10 of each other") for term in TERMS},
+    **{f"weight/{term}": Healthy("as the recipe says", low=0) for term in (*TERMS, *STEP_TERMS)},
+    **{
+        f"gradient_norm/{term}": Healthy("none known; the terms within a factor of 10 of each other")
+        for term in (*TERMS, *STEP_TERMS)
+    },
     "train/gradient_norm": Healthy("steady; one step at many times the median is a bad batch", low=1e-6),
+    "guard/shortest_row": Healthy("above 0.1; a row without length takes the whole gradient", low=0.1),
+    "guard/passage_spread": Healthy("above 0.01; 0 means that all passages are alike", low=1e-2),
+    "guard/gradient_share": Healthy("below 1, where the run stops", 0, 1),
     "train/learning_rate": Healthy("as the schedule says", low=0),
     "train/chunks": Healthy("none known; fewer are faster", low=1),
     "train/epoch": Healthy("none known", low=0),
@@ -132,6 +141,7 @@ HEALTHY = {
     "data/queries_reusing_negatives": Healthy("below 0.2; more: mine more negatives, or lower data.negatives", 0, 0.2),
     "data/skipped_shards": Healthy("0", 0, 0),
     "data/skipped_examples": Healthy("0", 0, 0),
+    "data/skipped_steps": Healthy("0", 0, 0),
     "speed/tokens_per_second": _MACHINE,
     "speed/queries_per_second": _MACHINE,
     "speed/tokens_per_sweep": Healthy("thousands on a GPU; with few, kernels are too short to fill it"),

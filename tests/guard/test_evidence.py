@@ -62,7 +62,9 @@ def test_gradients_of_rows_are_noted_on_the_way_back(retriever, chunks) -> None:
 
 
 def test_one_passage_alone_is_no_collapse() -> None:
-    views = Views(torch.ones(1, 4), torch.ones(1, 4), torch.ones(1, 2, 4), None, None, torch.zeros(()), torch.ones(2))
+    views = Views(
+        torch.ones(1, 4), torch.ones(1, 4), torch.ones(1, 2, 4), None, None, torch.zeros(()), row_norms_R=torch.ones(2)
+    )
     assert float(of_views(views)["spread"]) == 1
     two = views._replace(passage_PD=torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]]))
     assert float(of_views(two)["spread"]) == 0.5

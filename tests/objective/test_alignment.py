@@ -241,7 +241,13 @@ def thinking_views(seed: int = 5) -> Views:
     steps = [torch.randn(n, K, D, generator=generator, dtype=torch.float64).requires_grad_() for n in (B, B * G)]
     query_BKD, passage_PKD = steps
     return Views(
-        unit(query_BKD.mean(1)), unit(passage_PKD.mean(1)), query_BKD, None, None, torch.tensor(1.5), passage_PKD
+        unit(query_BKD.mean(1)),
+        unit(passage_PKD.mean(1)),
+        query_BKD,
+        None,
+        None,
+        torch.tensor(1.5),
+        passage_steps_PKD=passage_PKD,
     )
 
 
@@ -290,7 +296,13 @@ def steps_of_rank(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
     query_BKD = whole.query_steps_BKD.detach()[rank * b : (rank + 1) * b].requires_grad_()
     passage_PKD = whole.passage_steps_PKD.detach()[rank * p : (rank + 1) * p].requires_grad_()
     views = Views(
-        unit(query_BKD.mean(1)), unit(passage_PKD.mean(1)), query_BKD, None, None, torch.tensor(1.5), passage_PKD
+        unit(query_BKD.mean(1)),
+        unit(passage_PKD.mean(1)),
+        query_BKD,
+        None,
+        None,
+        torch.tensor(1.5),
+        passage_steps_PKD=passage_PKD,
     )
     batch = replace(batch, queries=b, labels_B=batch.labels_B[rank * b : (rank + 1) * b] - rank * p)
     found = {}
