@@ -154,7 +154,7 @@ class Unfinished:
         if differing:
             told = ", ".join(f"{key} {theirs.get(key)!r}, not {ours.get(key)!r}" for key in differing)
             raise UserError(
-                f"{self.folder} holds unfinished vectors made with another {differing[0].partition('.')[0]} ({told}): "
+                f"{self.folder} holds unfinished vectors made with another {differing[0].partition('.')[0]}: {told}; "
                 "repeat that command, choose another folder, or start anew with --overwrite"
             )
         if (self.folder / _VECTORS).is_file():  # interrupted after the last chunk, before the manifest
