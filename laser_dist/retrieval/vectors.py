@@ -156,8 +156,9 @@ class Unfinished:
         differing = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
         if differing:
             told = ", ".join(f"{key} {theirs.get(key)!r}, not {ours.get(key)!r}" for key in differing)
+            parts = ", ".join(dict.fromkeys(key.partition(".")[0] for key in differing))
             raise UserError(
-                f"{self.folder} holds unfinished vectors made with another {differing[0].partition('.')[0]} ({told}): "
+                f"{self.folder} holds unfinished vectors made with another {parts}: {told}; "
                 "repeat that command, choose another folder, or start anew with --overwrite"
             )
         if (self.folder / _VECTORS).is_file():  # interrupted after the last chunk, before the manifest

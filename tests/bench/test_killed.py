@@ -9,6 +9,7 @@ from laser_dist.cli import main
 from laser_dist.errors import UserError
 
 
+@pytest.mark.slow
 def test_a_few_saves_are_killed_and_all_that_loads_is_whole(tmp_path, capsys):
     out = tmp_path / "saves.json"
     assert main(["bench", "killed-saves", "--kills", "4", "--seed", "3", "--out", str(out)]) == 0
@@ -17,11 +18,12 @@ def test_a_few_saves_are_killed_and_all_that_loads_is_whole(tmp_path, capsys):
     assert sum(row["hit"] for row in result["trials"]) >= 2 and "none was a mixture" in told
 
 
-def test_a_run_is_killed_three_times_and_stays_the_same(tmp_path, capsys):
+@pytest.mark.slow
+def test_a_run_is_killed_and_stays_the_same(tmp_path, capsys):
     out = tmp_path / "runs.json"
-    assert main(["bench", "killed-runs", "--kills", "3", "--out", str(out)]) == 0
+    assert main(["bench", "killed-runs", "--kills", "1", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert result["kills"] == 3 and result["steps compared"] >= 2 * STEPS
+    assert result["kills"] == 1 and result["steps compared"] >= 2 * STEPS
     assert "all are the whole run's" in capsys.readouterr().out
 
 

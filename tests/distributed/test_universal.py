@@ -241,13 +241,13 @@ def test_what_cannot_be_converted_is_named_on_every_rank(saved: tuple[Path, dict
 @pytest.mark.parametrize("where", ["param_shapes", "module", "slice"])
 def test_a_parameters_name_leads_nowhere_else(tmp_path: Path, where: str, name: str) -> None:
     """DeepSpeed writes a folder of each name: one from a hostile checkpoint could have lain anywhere."""
-    source = tmp_path / "in" / "source"
+    source = tmp_path / "in"
     source.mkdir(parents=True)
     states = {"param_shapes": [{name: [1]}]} if where == "param_shapes" else {"module": {name: torch.ones(1)}}
     torch.save(states if where != "slice" else {"module": {}}, source / "mp_rank_00_model_states.pt")
     with pytest.raises(UserError, match="holds a parameter called .* which no model has"):
         if where == "slice":
             with _slices_checked(source):
-                ds_to_universal.dump_param_fragment(str(tmp_path / "in/out"), 0, 0, "fp32", torch.ones(2), name, 0, 1)
-        _convert(source, tmp_path / "in" / "target", groups=1)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["in", "mp_rank_00_model_states.pt", "source"]
+                ds_to_universal.dump_param_fragment(str(tmp_path / "out"), 0, 0, "fp32", torch.ones(2), name, 0, 1)
+        _convert(source, tmp_path / "out" / "target", groups=1)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["in", "mp_rank_00_model_states.pt"]
