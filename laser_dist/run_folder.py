@@ -24,10 +24,7 @@ def latest_checkpoint(run: Path) -> Path:
     pointer = checkpoints_of(run) / "latest"
     if not pointer.is_file():
         raise UserError(f"{run} holds no finished checkpoint ({pointer} does not exist)")
-    folder = pointer.parent / pointed(pointer)
-    if not folder.is_dir():
-        raise UserError(f"{pointer} names {folder.name}, which is not there: write the name of one that is into it")
-    return folder
+    return pointer.parent / pointed(pointer)
 
 
 def pointed(pointer: Path) -> str:

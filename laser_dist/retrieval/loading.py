@@ -19,6 +19,9 @@ def model_folder(path: str | Path) -> str:
     folder = Path(path).expanduser()
     if (folder / "checkpoints" / "latest").is_file():
         folder = latest_checkpoint(folder)
+        if not folder.is_dir():
+            pointer = folder.parent / "latest"
+            raise UserError(f"{pointer} names {folder.name}, which is not there: write the name of one that is into it")
     if (folder / "model").is_dir():
         folder = folder / "model"
     if folder.is_dir():
