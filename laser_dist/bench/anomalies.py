@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-import laser_dist.objective.alignment as alignment
 import laser_dist.trainer as training
 from laser_dist.config import load_config
 from laser_dist.data.streaming.loader import TrainingBatch
@@ -141,8 +140,7 @@ def learning_rates(rate: Callable[[float], float]) -> Any:
 
 def stale_gather(trainer: Trainer, stack: contextlib.ExitStack) -> None:
     """On rank 1, rank 0's passages are not those it sent: a buffer that was read too early."""
-    module: Any = alignment
-    right = module.gather_rows_with_gradient
+    right = trainer.objective.ranks.gather_rows_with_gradient
 
     def gather(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         found = right(rows, dtype)
@@ -150,8 +148,7 @@ def stale_gather(trainer: Trainer, stack: contextlib.ExitStack) -> None:
             found = torch.cat([found[: len(rows)].detach() + 0.01, found[len(rows) :]])
         return found
 
-    module.gather_rows_with_gradient = gather
-    stack.callback(setattr, module, "gather_rows_with_gradient", right)
+    trainer.objective.ranks.gather_rows_with_gradient = gather  # type: ignore[method-assign]
 
 
 def broken_parameter(trainer: Trainer, stack: contextlib.ExitStack) -> None:
