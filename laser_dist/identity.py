@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 Settings = dict[str, Any]
 """Dotted key -> value, as JSON has it; beside the recipe's keys data.sets and tokenizer."""
 
-# Keys of the recipe that came after checkpoints began to record settings. They are no part of the hash, or the
-# checkpoints that have nothing else would be refused.
+# Keys of the recipe that are younger than some checkpoints, and off by default. While they are off they are no part of
+# the hash, or checkpoints that have nothing else would be refused.
 NEWER = frozenset({"objective.steps_weight", "objective.refinement_weight", "objective.teacher"})
 
 
@@ -24,7 +24,8 @@ def fingerprint(config: RunConfig, sets: list[Any]) -> str:
     table = _table(config)
     for key in NEWER:
         section, _, name = key.partition(".")
-        table[section].pop(name, None)
+        if not table[section].get(name):
+            table[section].pop(name, None)
     table["data"]["sets"] = sets
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 

@@ -54,4 +54,7 @@ def limits(config: RunConfig) -> Limits:
 
 
 if __name__ == "__main__":
-    sys.exit(run("laser_dist.train", sys.argv[1:]))
+    code = run("laser_dist.train", sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)  # at once: threads of a process group that one rank has left can abort an orderly end

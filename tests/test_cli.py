@@ -59,6 +59,8 @@ REQUIRED = {
     "report": ["runs/first"],
     "search": ["--vectors", "v"],
     "explain": ["--model", "m", "--query", "q"],
+    "replay": ["runs/first/alarms/step-000001"],
+    "study": ["study.toml"],
     "export": ["runs/first", "--out", "o"],
 }
 FLAGS = {
@@ -159,7 +161,7 @@ def test_another_broken_pipe_is_an_error(monkeypatch) -> None:
         ("train --output o {r}", "the recipe stands first: laser-dist train .*r.toml"),
         ("train {folder} --output o", "cannot be read .Is a directory.: give a TOML file"),
         ("launch --num_gpus two {r} --output o", "--num_gpus two: must be a whole number"),
-        ("launch --hostfile {binary} {r} --output o", "binary:1: .*is not `name slots=N`"),
+        ("launch --hostfile {binary} {r} --output o", "--hostfile .*binary: cannot be read as UTF-8"),
         ("plan --model 4B --gpu h100 --out {file}/below", "file/below.*: Not a directory: check the path"),
         ("evaluate --model m --data d --out {file}/r.json", "--out .*is a file: choose another folder"),
         ("compare {binary} {binary} --bm25", "twice|not even text"),

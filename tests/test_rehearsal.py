@@ -1,5 +1,6 @@
 """The rehearsal changes no number, and finds what would have failed at the end of the run."""
 
+import contextlib
 import itertools
 import json
 from collections import namedtuple
@@ -181,7 +182,8 @@ def test_when_it_is_due(tmp_path, monkeypatch, mode, start, step, seconds, expec
 
     done: list[int] = []
     config = replace(RunConfig(), output=str(tmp_path), rehearse=mode)
-    trainer = SimpleNamespace(config=config, total_steps=100, progress=SimpleNamespace(say=lambda line: None))
+    say = SimpleNamespace(say=lambda line: None)
+    trainer = SimpleNamespace(config=config, total_steps=100, progress=say, doing=contextlib.nullcontext)
     monkeypatch.setattr(Rehearsal, "_rehearse", lambda self, step, line: done.append(step))
     Rehearsal(trainer, start)(step, {"time/forward": seconds, "loss/total": 1e9})  # type: ignore[arg-type]
     assert done == ([step] if expected else [])

@@ -1,16 +1,16 @@
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from laser_dist.config import ModelConfig, ObjectiveConfig, RunConfig, TextConfig
 from laser_dist.errors import UserError
+from laser_dist.identity import fingerprint
 from laser_dist.retrieval.card import RetrieverCard
-from laser_dist.run_inputs import fingerprint, frozen_teacher
+from laser_dist.run_inputs import frozen_teacher
 from laser_dist.testing import tiny_model_folder
 
-DATA = SimpleNamespace(fingerprint=lambda: [])
+DATA: list = []
 OFFLINE = ObjectiveConfig(explicit_weight=0.0, teacher="elsewhere")
 
 

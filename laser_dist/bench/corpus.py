@@ -145,7 +145,8 @@ def _encode(settings: Settings, folder: Path, out: str, *, ranks: int, kill_at: 
             peak = max([peak, *(_peak_mib(process.pid) for process in processes)])
             time.sleep(0.05)
         if kill_at is not None:
-            time.sleep(random.random() / 2)  # somewhere within a chunk
+            done = max(1, round(_share(folder / out / "done.bin") * settings.passages / settings.chunk))
+            time.sleep(random.random() * min(0.5, (time.perf_counter() - started) / done))  # somewhere within a chunk
             for process in processes:
                 process.kill()
         codes = [process.wait() for process in processes]

@@ -1,12 +1,12 @@
 """What a recipe names: is it there, and does it fit together?"""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from laser_dist.doctor.finding import Context, Finding, failed, ok, skipped, warning
 from laser_dist.errors import UserError
+from laser_dist.reading import read_object
 
 _NO_RECIPE = "no recipe was given"
 
@@ -39,7 +39,7 @@ def _model_folder(folder: Path) -> Finding:
     if not folder.is_dir():
         return failed(f"{folder} does not exist", remedy)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_object(folder / "config.json")
     except (OSError, ValueError) as error:
         return failed(f"{folder}/config.json cannot be read ({error})", remedy)
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
@@ -48,7 +48,7 @@ def _model_folder(folder: Path) -> Finding:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            wanted = set(read_object(index)["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return failed(f"{index} cannot be read", "download the model again")
         if missing := wanted - weights:

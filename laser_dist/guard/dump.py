@@ -32,6 +32,7 @@ from laser_dist.errors import UserError
 from laser_dist.files import sync_folder, write_json
 from laser_dist.guard.evidence import MicroBatch
 from laser_dist.guard.rules import Alarm
+from laser_dist.reading import read_file
 
 FORMAT_VERSION = 1
 
@@ -103,7 +104,7 @@ class Report:
     def read(cls, folder: Path) -> "Report":
         """Raises UserError if the folder holds no dump."""
         try:
-            values = json.loads((folder / "alarm.json").read_text(encoding="utf-8"))
+            values = json.loads(read_file(folder / "alarm.json"))
             if values["format_version"] != FORMAT_VERSION:
                 raise UserError(f"{folder}: another format version than {FORMAT_VERSION}; use the laser_dist it is of")
             return cls(**values)

@@ -9,7 +9,7 @@ from typing import Any
 
 from laser_dist.config import RunConfig, TextConfig, ThinkingConfig, section_from_table
 from laser_dist.errors import UserError
-from laser_dist.reading import read_json, read_object
+from laser_dist.reading import decode_json, read_json, read_object
 
 FILE = "laser_dist.json"
 FORMAT_VERSION = 1
@@ -85,7 +85,7 @@ def _tokenizer_hash(folder: Path) -> str | None:
 
 def tokenizer_hash(serialised: str) -> str:
     """SHA-256 of what maps text to ids in a tokenizer, given as the JSON of tokenizer.json."""
-    return _hash_of(json.loads(serialised))
+    return _hash_of(decode_json(serialised))
 
 
 def _hash_of(stored: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from laser_dist.data import sample_folder
 from laser_dist.errors import UserError
 from laser_dist.files import replacing, write_json
+from laser_dist.reading import decode_json
 from laser_dist.retrieval.collection import collection_files, read_collection
 from laser_dist.study.definition import Dataset
 
@@ -49,7 +50,7 @@ def prepare_dataset(dataset: Dataset, root: Path, out: Path, curve_passages: int
     """Shards and the collections of a dataset; what lies in `out` from before is kept while its source is the same."""
     train, splits = find(dataset, root)
     shards = train if (train / "manifest.json").is_file() else _shards(train, dataset.prepare, out / "shards")
-    manifest = json.loads((shards / "manifest.json").read_text(encoding="utf-8"))
+    manifest = decode_json((shards / "manifest.json").read_text(encoding="utf-8"))
     hashes = {"train": _digest([shard["sha256"] for shard in manifest["shards"]])}
     for split, files in splits.items():
         hashes[split] = _digest(map(file_hash, files))
@@ -74,7 +75,7 @@ def _shards(rows: Path, flags: list[str], out: Path) -> Path:
 
     source = {"rows": file_hash(rows), "flags": flags}
     note = out.with_suffix(".json")
-    if (out / "manifest.json").is_file() and note.is_file() and json.loads(note.read_text()) == source:
+    if (out / "manifest.json").is_file() and note.is_file() and decode_json(note.read_text()) == source:
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_suffix(".txt").open("w", encoding="utf-8") as said, redirect_stdout(said):
@@ -87,7 +88,7 @@ def _curve(dev: Files, dev_hash: str, out: Path, others: int) -> Files:
     """The dev collection with its judged passages and `others` more, drawn alike every time."""
     files = (out / "corpus.jsonl", dev[1], dev[2])
     note, source = out / "source.json", {"dev": dev_hash, "others": others}
-    if note.is_file() and json.loads(note.read_text()) == source:
+    if note.is_file() and decode_json(note.read_text()) == source:
         return files
     corpus, _, qrels = read_collection(*dev)
     judged = {passage for grades in qrels.values() for passage in grades}

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -128,4 +129,16 @@ def _run(call: Callable[..., Any], arguments: tuple[str, ...], env: dict[str, st
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS") or torch.get_num_threads()))
     if env.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()
-    sys.exit(call(*arguments))
+    try:
+        code = call(*arguments)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    for printed in (sys.stdout, sys.stderr):
+        printed.flush()
+    # At once: threads of a process group that nobody destroyed would abort an orderly end.
+    os._exit(1 if isinstance(code, str) else int(code or 0))

@@ -125,7 +125,7 @@ FLAGS = {
         (*TRAIN, "--evaluation.corpus", "c", "--evaluation.queries", "q", "--evaluation.qrels", "r"),
         ("evaluation.corpus", "'c'", "does not exist"),
     ),
-    "no checkpoint to keep": ((*TRAIN, "--checkpoint.keep", "0"), ("checkpoint.keep", "at least 1")),
+    "no checkpoint to keep": ((*TRAIN, "--checkpoint.keep", "0"), ("checkpoint.keep", "at least 2")),
     "a shard of no bytes": ((*TRAIN, "--checkpoint.max-shard-gb", "0"), ("checkpoint.max_shard_gb", "more than 0")),
     "logging never": ((*TRAIN, "--logging.every", "0"), ("logging.every", "at least 1")),
     "a profile of negative steps": ((*TRAIN, "--profile.active", "-1"), ("profile.active", "at least 0")),

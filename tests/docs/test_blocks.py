@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ def test_blocks_are_what_they_are_said_to_be(page: Path, blocks, tmp_path: Path)
     for number, language, text in blocks(page):
         if language == "toml":
             (tmp_path / "recipe.toml").write_text(text)
-            read_recipe(tmp_path / "recipe.toml")
+            if "[methods." in text:  # a study, shown in part
+                tomllib.loads(text)
+            else:
+                read_recipe(tmp_path / "recipe.toml")
         elif language == "json":
             dots = iter(range(100))  # "..." stands for texts, which differ
             filled = re.sub(r'"\.\.\."', lambda _, dots=dots: f'"text {next(dots)}"', text)

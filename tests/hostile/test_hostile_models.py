@@ -519,7 +519,7 @@ CHECKPOINT_MANIFESTS = {
 for name, files in CHECKPOINT_MANIFESTS.items():
     CHECKPOINTS.add(
         f"a checkpoint's manifest {name}",
-        "missing or broken",
+        "manifest.json (is missing or broken|names .*, which is not in the checkpoint)",
         lambda folder, bomb, files=files: verify(folder, files),
     )
 
@@ -556,17 +556,17 @@ for name, text in STATES.items():
 def _(folder, bomb):
     import torch
 
-    from laser_dist.distributed.checkpoint import _restore_rng
+    from laser_dist.distributed.rng import restore_rng
 
     for content in (b"", *LIES.values()):
         (folder / "rng.safetensors").write_bytes(content)
         try:
-            _restore_rng(folder / "rng.safetensors", torch.device("cpu"), (0, 0, 0))
+            restore_rng(folder / "rng.safetensors", torch.device("cpu"), (0, 0, 0))
         except Exception as error:
             assert "no generator's state" in str(error), error
         else:
             raise AssertionError(content)
-    _restore_rng(folder / "rng.safetensors", torch.device("cpu"), (0, 0, 0))
+    restore_rng(folder / "rng.safetensors", torch.device("cpu"), (0, 0, 0))
 
 
 @CHECKPOINTS.case("an export of a model that is none of the checkpoint's", "is not what training saved")

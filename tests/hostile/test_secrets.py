@@ -242,7 +242,8 @@ def test_a_whole_run_leaks_nothing(tmp_path):
     """prepare, two steps of training, export and evaluation, all with the secrets in the environment."""
     work = tmp_path / "work"
     work.mkdir()
-    rows = [{"query": f"why {n}?", "rationale": "Ice.", "positives": [{"id": f"p{n}", "text": "x"}]} for n in range(8)]
+    positives = [[{"id": f"p{n}", "text": f"{n} reasons"}] for n in range(8)]
+    rows = [{"query": f"why {n}?", "rationale": "Ice.", "positives": positives[n]} for n in range(8)]
     tables = {
         "rows.jsonl": rows,
         "corpus.jsonl": [row["positives"][0] for row in rows],

@@ -334,7 +334,7 @@ def test_adapters_that_do_not_fit_are_refused(source, tmp_path):
     adapters(tmp_path / "model", source)
     path = tmp_path / "model" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 8}))
-    with pytest.raises(UserError, match=f"{tmp_path / 'model'}.*do not fit"):
+    with pytest.raises(UserError, match=f"{tmp_path / 'model'}.*r = 8, but the weights have"):
         export(tmp_path / "model", out=tmp_path / "out")
 
 

@@ -44,7 +44,7 @@ def server(folder):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(store_module, "_LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(store_module, "LONGEST_PAUSE", 0.01)
 
 
 def remote(server: FaultyServer, cache: Path, **options) -> RemoteStore:
