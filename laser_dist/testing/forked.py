@@ -27,7 +27,10 @@ LATE = (
 """Names of variables, or their beginnings, that nothing reads while it is imported, or that are seen to below."""
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["laser_dist.trainer"])
+# What DeepSpeed imports when it makes an optimizer (torch.compile and all that it needs) is half of the seconds.
+_server.set_forkserver_preload(
+    ["laser_dist.trainer", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard"]
+)
 _environment = dict(os.environ)
 
 
@@ -120,6 +123,7 @@ def _run(call: Callable[..., Any], arguments: tuple[str, ...], env: dict[str, st
     import torch
 
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # a server's own; loaders would each start another server
     appended = os.O_WRONLY | os.O_CREAT | os.O_APPEND  # both may be one file
     files = (os.open(os.devnull, os.O_RDONLY), os.open(output, appended), os.open(errors, appended))
     for target, file in enumerate(files):
