@@ -9,7 +9,7 @@ from laser_dist.bench.corpus import FILES, Settings, main, measure
 from laser_dist.errors import UserError
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_and_continued(tmp_path, capsys):
     out = tmp_path / "corpus.json"
     flags = ["--passages", "1500", "--chunk", "64", "--kills", "1", "--queries", "20", "--scratch", str(tmp_path)]

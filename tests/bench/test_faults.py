@@ -39,7 +39,7 @@ def test_a_row_that_ended_otherwise_is_told() -> None:
     assert "| a | b | c | recovered | right | 0.2 | 3.0 |  |" in table and "| exit code 1 |" in table
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_real_runs_recover_and_name_the_rank(tmp_path: Path) -> None:
     """Whole runs under the supervisor: the restarted ones end with the weights of one that nothing struck.
 

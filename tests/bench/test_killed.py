@@ -9,7 +9,7 @@ from laser_dist.cli import main
 from laser_dist.errors import UserError
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_few_saves_are_killed_and_all_that_loads_is_whole(tmp_path, capsys):
     out = tmp_path / "saves.json"
     assert main(["bench", "killed-saves", "--kills", "4", "--seed", "3", "--out", str(out)]) == 0
@@ -18,7 +18,7 @@ def test_a_few_saves_are_killed_and_all_that_loads_is_whole(tmp_path, capsys):
     assert sum(row["hit"] for row in result["trials"]) >= 2 and "none was a mixture" in told
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_killed_and_stays_the_same(tmp_path, capsys):
     out = tmp_path / "runs.json"
     assert main(["bench", "killed-runs", "--kills", "1", "--out", str(out)]) == 0
