@@ -25,7 +25,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "_in_a_process", measure)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compares_steps_that_agree(folder, tmp_path, capsys):
     out = tmp_path / "new" / "step.json"
     assert main(["bench", "step", "--model", str(folder), "--queries", "2", "--repeats", "1", "--out", str(out)]) == 0

@@ -30,7 +30,7 @@ def test_plan_is_within_15_percent_of_what_two_ranks_do():
         assert row["peak_bytes_planned"] == pytest.approx(row["peak_bytes"], rel=0.15), (case, "peak")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hpz_on_two_nodes_of_two():
     (row,) = compare(4, [("zero3-hpz", 0, True)])
     assert row["sent_bytes_planned"] == pytest.approx(row["sent_bytes"], rel=0.15)
@@ -50,7 +50,7 @@ def test_mistakes(arguments, told, capsys):
     assert told in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_published_step_gathers_twice_as_much_under_zero3():
     """The same texts, K = 3, weights released after each use: whole-parameter gathers of forward and backward."""
     job = job_of("zero3-lean", 2, 0, False, "float32")

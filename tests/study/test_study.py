@@ -11,7 +11,7 @@ from laser_dist.errors import UserError
 from laser_dist.study import command
 from laser_dist.testing import tiny_model_folder
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
