@@ -192,7 +192,7 @@ def test_what_is_run_is_documented(documented) -> None:
     assert not gone
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_commands_do_what_they_say(stocked: Path) -> None:
     """From rows to an explained query, in one folder, with the commands of the documentation."""

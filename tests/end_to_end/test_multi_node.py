@@ -144,6 +144,7 @@ def test_a_lost_host_is_named_and_the_run_goes_on_exactly(
     assert not any(host.processes() for host in cluster.hosts.values())
 
 
+@pytest.mark.long
 def test_a_signal_to_the_launcher_saves_on_all_hosts(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
     """DeepSpeed's own launcher passes nothing on to the other hosts' ranks before it kills them."""
     output = tmp_path / "run"

@@ -12,7 +12,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "kernels" / "benchmarks" / "resources.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_variant_compiles_for_sm_90_without_spills(tmp_path):
     """What the interpreter accepts, the compiler may not: types that change in a loop, names that change their type."""
     if not importlib.util.find_spec("triton"):
