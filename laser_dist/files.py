@@ -1,5 +1,6 @@
 """Files and folders that are whole or absent, also after a crash or a power loss."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -50,3 +51,9 @@ def rename_over(staging: Path, final: Path) -> None:
     os.rename(staging, final)
     sync_folder(final.parent)  # the name must be on disk before `latest` says it
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

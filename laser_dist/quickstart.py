@@ -6,7 +6,6 @@ Every stage keeps what it made in the work folder; a second run reuses it.
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 from laser_dist.config import RunConfig, read_recipe, to_toml
 from laser_dist.data import sample_folder
 from laser_dist.errors import UserError
+from laser_dist.launch.ranks import free_port
 from laser_dist.reading import read_object
 from laser_dist.run_folder import existing_folder
 
@@ -180,7 +180,7 @@ def _train(arguments: Arguments, config: RunConfig, recipe: Path) -> str:
     if not gpus:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes)]
-    command += ["--master_port", str(_free_port()), "--log_level", "error"]
+    command += ["--master_port", str(free_port()), "--log_level", "error"]
     command += ["--module", "laser_dist.train", str(recipe)]
     print("      $ deepspeed " + " ".join(command[3:]), flush=True)
     if code := subprocess.run(command, env=environment).returncode:
@@ -213,9 +213,3 @@ def _report(stages: Stages, config: RunConfig, before: dict, after: dict, out: P
         f"total       {(time.monotonic() - stages.start) / 60:.1f} min",
         soft_wrap=True,
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])

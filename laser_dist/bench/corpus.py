@@ -8,7 +8,6 @@
 Every part runs in processes of its own, so that their peaks of memory are their own.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_dist.errors import UserError
-from laser_dist.files import write_json
+from laser_dist.files import sha256, write_json
 
 FILES = ("vectors.npy", "ids.jsonl", "ids.offsets", "manifest.json")
 WORDS = (
@@ -110,8 +109,8 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
         at = (kill + rng.random()) / (settings.kills + 1) if kill < settings.kills else None
         _say(f"encoding on {ranks} rank(s), " + ("to the end" if at is None else f"killed after {at:.0%}"))
         runs.append(_encode(settings, folder, "killed", ranks=ranks, kill_at=at))
-    hashes = {name: _sha256(folder / "whole" / name) for name in FILES}
-    if differing := [name for name in FILES if _sha256(folder / "killed" / name) != hashes[name]]:
+    hashes = {name: sha256(folder / "whole" / name) for name in FILES}
+    if differing := [name for name in FILES if sha256(folder / "killed" / name) != hashes[name]]:
         raise UserError(f"killed and continued, {', '.join(differing)} has other bytes: nothing is reported")
     _say("searching")
     return {
@@ -233,11 +232,6 @@ def _texts(path: Path, rows: list[int]) -> dict[int, str]:
     wanted = set(rows)
     with path.open("rb") as file:
         return {row: json.loads(line)["text"] for row, line in enumerate(file) if row in wanted}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _say(what: str) -> None:

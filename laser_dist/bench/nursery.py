@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from laser_dist.errors import UserError
+from laser_dist.launch.ranks import free_port
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def run_ranks(work: Callable[[int], None], ranks: int, *, learn: bool = False) -
                 with contextlib.suppress(Exception):  # some cannot be had alone
                     importlib.import_module(name)
         return ended
-    port, (reading, writing) = _free_port(), os.pipe()  # a pipe: limits on the size of files do not hold for it
+    port, (reading, writing) = free_port(), os.pipe()  # a pipe: limits on the size of files do not hold for it
     os.set_blocking(reading, False)
     pids = {_fork(work, rank, ranks, port, writing): rank for rank in range(ranks)}
     os.close(writing)
@@ -158,9 +158,3 @@ def _bytes(tensor: "torch.Tensor") -> bytes:
     import torch
 
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,12 +1,11 @@
 """manifest.json: size and SHA-256 of every file of a checkpoint, taken when it is on disk. Ranks share the work."""
 
-import hashlib
 import os
 import threading
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from laser_dist.files import sync_folder, write_json
+from laser_dist.files import sha256, sync_folder, write_json
 from laser_dist.reading import read_object
 
 FILE = "manifest.json"
@@ -44,7 +43,7 @@ class Sealing:
                 with path.open("rb") as stream:
                     os.fsync(stream.fileno())
                 name = str(path.relative_to(self.folder))
-                self.found[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                self.found[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
             if part == 0:  # a file whose name is not on disk is lost with the power
                 for folder in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
                     sync_folder(folder)
@@ -77,7 +76,7 @@ def verify(checkpoint: Path, part: int = 0, parts: int = 1, *, hashes: bool = Tr
             path = checkpoint / name
             if not path.is_file() or path.stat().st_size != expected["bytes"]:
                 return f"{name} is missing or has the wrong size"
-            if hashes and _sha256(path) != expected["sha256"]:
+            if hashes and sha256(path) != expected["sha256"]:
                 return f"{name} was altered (hash differs)"
         if part == 0 and (foreign := sorted(_loaded(checkpoint) - files.keys())):
             return f"{foreign[0]} was not saved with it"
@@ -105,8 +104,3 @@ def _loaded(checkpoint: Path) -> set[str]:
     """Names of the files that a resumed run may load, hidden ones left out: file systems have some of their own."""
     files = (path for pattern in ("deepspeed/**/*", "model/**/*", "rng_*") for path in checkpoint.glob(pattern))
     return {path.relative_to(checkpoint).as_posix() for path in files if path.is_file() and path.name[0] != "."}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

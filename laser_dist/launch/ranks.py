@@ -1,6 +1,7 @@
 """Ranks from launchers that do not speak torch's language: Slurm's srun, Open MPI, and MPI's PMI."""
 
 import os
+import socket
 
 from laser_dist.errors import UserError
 
@@ -30,3 +31,10 @@ def adopt_ranks() -> None:
             os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ[rank], os.environ[size]
             os.environ["LOCAL_RANK"] = os.environ.get(local_rank, "0")
             return
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on, for ranks to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

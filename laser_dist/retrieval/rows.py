@@ -17,7 +17,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from laser_dist.errors import UserError
-from laser_dist.files import write_json
+from laser_dist.files import sha256, write_json
 from laser_dist.reading import decode_json, read_object
 from laser_dist.retrieval.collection import decode_line, parse_row, passage_of, query_of, raw_lines
 
@@ -86,7 +86,7 @@ class RowIndex:
 
     def check_unchanged(self, path: Path) -> None:
         """UserError if the file holds other bytes than when it was checked."""
-        if (self.size, self.modified_ns) != _state(path) and _sha256(path) != self.sha256:
+        if (self.size, self.modified_ns) != _state(path) and sha256(path) != self.sha256:
             raise UserError(f"{path} changed while it was encoded: encode again with --overwrite")
 
     def read(self, path: Path, folder: Path, first: int, last: int) -> list[tuple[str, str | None]]:
@@ -142,7 +142,7 @@ def _kept(path: Path, folder: Path, what: What) -> RowIndex | None:
     index, (size, modified_ns) = open_index(folder), _state(path)
     if (index.what, index.size) != (what, size):
         return None
-    return RowIndex(what, index.rows, index.sha256, size, modified_ns) if _sha256(path) == index.sha256 else None
+    return RowIndex(what, index.rows, index.sha256, size, modified_ns) if sha256(path) == index.sha256 else None
 
 
 def _scan(path: Path, folder: Path, what: What) -> tuple[int, str]:
@@ -196,11 +196,6 @@ def _check_unique(path: Path, hashes: array) -> None:
                     f"{where}: id {row_id!r} was used on an earlier line ({seen[row_id]}): ids must be unique"
                 )
             seen[row_id] = f"{number}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from laser_dist.data import sample_folder
 from laser_dist.errors import UserError
-from laser_dist.files import replacing, write_json
+from laser_dist.files import replacing, sha256, write_json
 from laser_dist.reading import decode_json
 from laser_dist.retrieval.collection import collection_files, read_collection
 from laser_dist.study.definition import Dataset
@@ -62,8 +62,7 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, or of the files in a folder."""
     if path.is_dir():
         return _digest(f"{child.name} {file_hash(child)}" for child in sorted(path.iterdir()))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _digest(parts: Iterable[str]) -> str:

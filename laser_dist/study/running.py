@@ -7,7 +7,6 @@ every seed and measures test. What is finished is kept; what failed is noted, tr
 import fcntl
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from laser_dist.config import to_toml
 from laser_dist.errors import UserError
 from laser_dist.files import write_json
+from laser_dist.launch.ranks import free_port
 from laser_dist.run_folder import checkpoints_of
 from laser_dist.study.cells import BM25, FINISHED, UNTRAINED, Cell, Task, Workspace
 from laser_dist.study.definition import Method
@@ -127,7 +127,7 @@ class Runner:
         recipe, processes = str(cell.folder / "recipe.toml"), self.study.processes
         command = [sys.executable, "-m", "laser_dist.train", recipe]
         if processes > 1:
-            options = ["--num_accelerators", str(processes), "--master_port", str(_free_port())]
+            options = ["--num_accelerators", str(processes), "--master_port", str(free_port())]
             command = [sys.executable, "-m", "laser_dist.cli", "launch", *options, recipe]
         self._call(cell, "training", command)
 
@@ -229,9 +229,3 @@ def _alone(lock: Path) -> Iterator[None]:
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].strip() if lines else "it said nothing"
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])

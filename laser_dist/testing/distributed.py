@@ -6,7 +6,6 @@ import inspect
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from laser_dist.launch.ranks import free_port
 from laser_dist.testing.forked import Process, start
 
 _LINES_SHOWN = 40
@@ -60,7 +60,7 @@ def run_distributed(
             "args": pickle.dumps(args),
         }
         (folder / "job").write_bytes(pickle.dumps(job))
-        port = _free_port()
+        port = free_port()
         ranks = [_start(rank, world_size, folder, port, env or {}) for rank in range(world_size)]
         try:
             _wait(ranks, folder, timeout)
@@ -187,9 +187,3 @@ def _kill(process: Process) -> None:
     except ProcessLookupError:  # it and all that it started have ended
         pass
     process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -144,7 +144,7 @@ def test_a_share_that_fails_in_any_way_is_no_share(tmp_path: Path, monkeypatch: 
         raise MemoryError
 
     checkpoint = make(tmp_path, 1)
-    monkeypatch.setattr("laser_dist.distributed.manifest._sha256", broken)
+    monkeypatch.setattr("laser_dist.distributed.manifest.sha256", broken)
     assert Sealing(checkpoint, 0, 1).wait()[1] == "MemoryError"
 
 

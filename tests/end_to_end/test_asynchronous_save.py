@@ -61,7 +61,7 @@ def trained(rank: int, world_size: int, root: Path, name: str, flags: list[str],
 
     config = load_config([str(root / "recipe.toml"), "--output", str(root / name), *flags])
     trainer = Trainer(config, resolve(config.train.deepspeed, config))
-    hash_of, step, after_step = manifest._sha256, trainer.step, trainer._after_step
+    hash_of, step, after_step = manifest.sha256, trainer.step, trainer._after_step
     ready = threading.Event()
     ready.set()
     seen: list[list[str]] = []
@@ -90,7 +90,7 @@ def trained(rank: int, world_size: int, root: Path, name: str, flags: list[str],
         seen.append([path.name for path in trainer.store.steps()])
         return done
 
-    manifest._sha256, trainer.step, trainer._after_step = late, next_step, observed
+    manifest.sha256, trainer.step, trainer._after_step = late, next_step, observed
     trainer.fit()
     return seen
 

@@ -397,14 +397,14 @@ for name, content in INDEXES.items():
 def _(folder, bomb):
     import faiss
 
-    from laser_dist.retrieval.search.faiss_index import IndexOptions, _sha256, open_index
+    from laser_dist.retrieval.search.faiss_index import IndexOptions, open_index, sha256
 
     made = vectors(folder)
     array = np.load(made / "vectors.npy", mmap_mode="r")
     open_index(made, array, "flat", IndexOptions())
     other = faiss.IndexFlatIP(1024)
     faiss.write_index(other, str(made / "flat.index" / "index.faiss"))
-    edit(made / "flat.index" / "index.json", sha256=_sha256(made / "flat.index" / "index.faiss"))
+    edit(made / "flat.index" / "index.json", sha256=sha256(made / "flat.index" / "index.faiss"))
     open_index(made, array, "flat", IndexOptions())
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from laser_dist.bench.faults.data import served
 from laser_dist.bench.faults.rank import FAULT
 from laser_dist.bench.faults.table import SAVED_EVERY, STEPS, Row
 from laser_dist.launch import outcome, processes
+from laser_dist.launch.ranks import free_port
 from laser_dist.watch import pulse, verdict
 from laser_dist.watch.verdict import Verdict
 
@@ -117,7 +117,7 @@ def _launch(
     fault = {name: getattr(row, name) for name in ("act", "phase", "step", "rank", "attempts")} | {
         "struck": str(struck)
     }
-    options = ["--num_accelerators", "2", "--master_port", str(_free_port()), "--max-restarts", "2", "--backoff", "0"]
+    options = ["--num_accelerators", "2", "--master_port", str(free_port()), "--max-restarts", "2", "--backoff", "0"]
     arguments = [*options, str(root / "recipe.toml"), "--output", str(output), *row.flags, *data_flags]
     environment = {FAULT: json.dumps(fault), "OMP_NUM_THREADS": "1"}
     pid, printed = (_cold if cold else warm.start)(arguments, environment)
@@ -183,9 +183,3 @@ def _late(row: Row, ended: Ended, output: Path) -> list[str]:
     promised = beat.brief if beat and row.kind in ("stopped", "locked", "hung") else 0.0  # 3 median steps and 5 s
     allowed = promised + KNOWN
     return late + ([f"known after {ended.known:.1f} s, allowed are {allowed:.1f}"] if ended.known > allowed else [])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -3,14 +3,13 @@
 Torch is imported only when something runs, so that `--help` is instant.
 """
 
-import hashlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from laser_dist.errors import UserError
-from laser_dist.files import write_json
+from laser_dist.files import sha256, write_json
 from laser_dist.retrieval.collection import Corpus, Queries, collection_files, keep_judged, read_collection
 from laser_dist.retrieval.evaluation.arguments import FILES, HELP, Arguments, as_asked, check_flags, load_encoder
 from laser_dist.retrieval.evaluation.evaluate import EvaluationResult, evaluate, written_rationales
@@ -52,7 +51,7 @@ def main(argv: list[str]) -> int:
     baseline = _bm25(corpus, judged, judged_qrels) if args.bm25 else None
     if args.run_file is not None:
         write_run(args.run_file, result.run)
-    data = {name: {"file": str(f), "sha256": _sha256(f)} for name, f in zip(FILES, files, strict=True)}
+    data = {name: {"file": str(f), "sha256": sha256(f)} for name, f in zip(FILES, files, strict=True)}
     report = _report(args, result, baseline, encoder, data)
     write_json(args.out, report)
     if args.plot is not None:
@@ -91,11 +90,6 @@ def _bm25(corpus: Corpus, queries: Queries, qrels: Mapping[str, Mapping[str, int
     from laser_dist.retrieval.bm25 import bm25_run
 
     return evaluate_run(bm25_run(corpus, queries, k=100), qrels)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _report(

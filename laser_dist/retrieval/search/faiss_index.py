@@ -7,7 +7,6 @@ index rounds, and equal scores rank by index, as in exact search.
 """
 
 import dataclasses
-import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from laser_dist.errors import UserError
-from laser_dist.files import sync_folder, write_json
+from laser_dist.files import sha256, sync_folder, write_json
 from laser_dist.reading import read_object
 from laser_dist.retrieval.search.origin import manifest_hash
 
@@ -168,7 +167,7 @@ def _save(index: Any, path: Path, identity: dict[str, Any]) -> None:
     partial.mkdir()
     try:
         faiss.write_index(index, str(partial / "index.faiss"))
-        written = {"faiss": faiss.__version__, "sha256": _sha256(partial / "index.faiss")}
+        written = {"faiss": faiss.__version__, "sha256": sha256(partial / "index.faiss")}
         write_json(partial / "index.json", identity | written)
         sync_folder(partial)
         shutil.rmtree(path, ignore_errors=True)
@@ -188,7 +187,7 @@ def _load(
     try:
         saved = read_object(path / "index.json")
         vectors, parameters = saved["vectors"], dict(saved["parameters"])
-        if saved.get("sha256") != _sha256(path / "index.faiss"):
+        if saved.get("sha256") != sha256(path / "index.faiss"):
             raise ValueError("index.faiss is not the file that index.json was written with")
         if saved["kind"] != kind or parameters.keys() != built.keys():
             raise ValueError(f"it is no {kind} index")
@@ -223,8 +222,3 @@ def _scored_again(queries: np.ndarray, found_NC: np.ndarray, vectors: np.ndarray
 def _pairs(queries: np.ndarray, found_NC: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for query, found in zip(queries, found_NC, strict=True):
         yield query, found[found >= 0]  # FAISS fills rows that stay short with -1
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
