@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from laser_dist.bench.nursery import Trials
 from laser_dist.errors import UserError
 
 HELP = """Kill a run at random moments, resume it, and compare it step by step with one that was not killed.
@@ -31,25 +32,11 @@ STEPS, EVERY, RESUMES = 12, 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Trials):
     """What is tried."""
 
     kills: int = 50
     """Each run is killed three times and then ends by itself."""
-    ranks: int = 2
-    """Processes that train together."""
-    stage: Literal[0, 1, 2, 3] = 3
-    """ZeRO stage."""
-    seed: int = 0
-    """Of what is random."""
-    out: Path | None = None
-    """Also write the result to this JSON file."""
-
-    def validate(self) -> None:
-        """Raises UserError for values that nothing can be tried with."""
-        for name in ("kills", "ranks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
 
 
 def main(arguments: list[str]) -> int:

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from laser_dist.errors import UserError
+from laser_dist.bench.nursery import Trials
 
 HELP = """Kill ranks while they save a checkpoint, many times, and check what is left.
 
@@ -34,25 +34,11 @@ SAVES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Trials):
     """What is tried."""
 
     kills: int = 200
     """Trials; a quarter each at a random moment, byte and call, and with a disk that is full."""
-    ranks: int = 2
-    """Processes that save together."""
-    stage: Literal[0, 1, 2, 3] = 3
-    """ZeRO stage."""
-    seed: int = 0
-    """Of what is random."""
-    out: Path | None = None
-    """Also write the result to this JSON file."""
-
-    def validate(self) -> None:
-        """Raises UserError for values that nothing can be tried with."""
-        for name in ("kills", "ranks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
 
 
 def main(arguments: list[str]) -> int:

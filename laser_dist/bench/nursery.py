@@ -15,7 +15,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from laser_dist.errors import UserError
 from laser_dist.launch.ranks import free_port
@@ -29,6 +31,27 @@ GRACE = 2.0
 """Seconds between the death of a rank and that of the others: some write on meanwhile, as on another machine."""
 LIMIT = 120.0
 """Seconds of one trial; what takes longer hangs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trials:
+    """What all benchmarks of killed ranks are asked."""
+
+    kills: int
+    ranks: int = 2
+    """Processes that are killed together."""
+    stage: Literal[0, 1, 2, 3] = 3
+    """ZeRO stage."""
+    seed: int = 0
+    """Of what is random."""
+    out: Path | None = None
+    """Also write the result to this JSON file."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that nothing can be tried with."""
+        for name in ("kills", "ranks"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
 
 
 def trials(module: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
