@@ -5,6 +5,7 @@ forward -> backward (as often as it takes; gradients are averaged over micro-bat
 
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -47,7 +48,15 @@ def init_distributed(timeout: float = 600.0) -> torch.device:
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timedelta(seconds=timeout))
+    try:
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timedelta(seconds=timeout))
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} of {socket.gethostname()}, where ranks are to meet, is taken by another "
+            "process: end it, or give the launcher another one with --master_port"
+        ) from error
     # ZeRO talks in a clone of this group, which would keep torch's own timeout: 30 minutes for gloo.
     distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), groups._clone_world_group())
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")

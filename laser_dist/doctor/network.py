@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from laser_dist.doctor.finding import Context, Finding, failed, ok, skipped, warning
+from laser_dist.launch.ranks import port_is_free
 
 PATIENCE = 60.0
 """Seconds that the loopback may take; importing torch on a network drive is most of it."""
@@ -26,13 +27,9 @@ def host_name(_: Context) -> Finding:
 
 
 def port(context: Context) -> Finding:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", context.port))
-        except OSError as error:
-            remedy = "another run? Give launchers another one: --master_port 29501 (or export MASTER_PORT)"
-            return warning(f"port {context.port}: {error.strerror}", remedy)
+    if not port_is_free(context.port):
+        remedy = "another run? Give launchers another one: --master_port 29501"
+        return warning(f"port {context.port}: another process listens there", remedy)
     return ok(f"port {context.port}, where ranks meet, is free")
 
 

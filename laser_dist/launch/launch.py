@@ -1,6 +1,7 @@
 """`laser-dist launch`: DeepSpeed's launcher under supervision, and again after a failure."""
 
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -8,7 +9,8 @@ from pathlib import Path
 
 from laser_dist.errors import UserError
 from laser_dist.launch.attempt import Attempt, Result, Signals
-from laser_dist.launch.options import HELP, Job, parse
+from laser_dist.launch.options import DEFAULT_PORT, HELP, Job, parse
+from laser_dist.launch.ranks import free_port, port_is_free
 from laser_dist.run_folder import latest_checkpoint
 from laser_dist.run_page.report import page_at_end
 from laser_dist.watch.pulse import STEPPING
@@ -48,6 +50,8 @@ def _ready(job: Job) -> Job:
             f"{job.output}: processes of this run are still there ({', '.join(busy)}): wait for it, choose another "
             "--output, or end them with --takeover"
         )
+    if job.alone:
+        return replace(job, launcher={**job.launcher, "--master_port": str(_port(job))})
     if not job.hosts.remote or "--master_addr" in job.launcher:
         return job
     first = next(iter(job.hosts.slots))
@@ -55,6 +59,20 @@ def _ready(job: Job) -> Job:
     if not addresses:
         raise UserError(f"{first} does not tell its address (hostname -I): give it with --master_addr")
     return replace(job, launcher={**job.launcher, "--master_addr": addresses[0]})
+
+
+def _port(job: Job) -> int:
+    """Where the ranks of this host meet: the port asked for, DeepSpeed's own, or a free one where that is taken."""
+    asked = job.launcher.get("--master_port") or os.environ.get("MASTER_PORT")
+    port = int(asked or DEFAULT_PORT)
+    if port_is_free(port):
+        return port
+    if asked:
+        raise UserError(
+            f"--master_port {port}: another process of this host listens there. End it, name another port, or leave "
+            "the option out: a free one is then chosen"
+        )
+    return free_port()
 
 
 def _supervise(job: Job, signals: Signals) -> Result:

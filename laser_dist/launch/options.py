@@ -47,6 +47,8 @@ _SHORT = {"-H": "--hostfile", "-i": "--include", "-e": "--exclude", "--num_accel
 _NUMBERS = {"--num_gpus", "--num_nodes", "--master_port", "--node_rank", "--ssh_port"}
 _OUR_FLAGS = {"--takeover", "--skip-poisoned-step"}
 _OURS = {"--max-restarts", "--backoff"} | _OUR_FLAGS
+DEFAULT_PORT = "29500"
+"""DeepSpeed's own."""
 LAUNCHERS = ("pdsh", "openmpi", "slurm", "mpich", "impi", "mvapich")
 
 
@@ -73,12 +75,17 @@ class Job:
         """The launcher's."""
         return (self.launcher.get("--launcher") or "pdsh").lower()
 
+    @property
+    def alone(self) -> bool:
+        """Whether all ranks are on this host, and DeepSpeed's own launcher starts them."""
+        return self.name == "pdsh" and not self.hosts.remote and not self.launcher.keys() & {"--no_ssh", "--node_rank"}
+
     def meeting_point(self) -> dict[str, str]:
         """Where ranks meet, for launchers that do not say it themselves. UserError if nobody said it."""
         address = self.launcher.get("--master_addr") or os.environ.get("MASTER_ADDR")
         if not address:
             raise UserError(f"--launcher {self.name} needs --master_addr: the address of the first host")
-        port = self.launcher.get("--master_port") or os.environ.get("MASTER_PORT") or "29500"
+        port = self.launcher.get("--master_port") or os.environ.get("MASTER_PORT") or DEFAULT_PORT
         return {"MASTER_ADDR": address, "MASTER_PORT": port}
 
 

@@ -33,6 +33,17 @@ def adopt_ranks() -> None:
             return
 
 
+def port_is_free(port: int) -> bool:
+    """Whether ranks can meet at this port of this host."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: what just ended is no obstacle
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
 def free_port() -> int:
     """A port of this host that nobody listens on, for ranks to meet at."""
     with socket.socket() as probe:

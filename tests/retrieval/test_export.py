@@ -265,7 +265,7 @@ def test_overwrite_never_deletes_what_is_not_an_export(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module, place", [(formats, "write_sentence_transformers"), (command, "write_model_card"), (target, "_replace")]
+    "module, place", [(formats, "write_sentence_transformers"), (command, "write_model_card"), (target, "rename_over")]
 )
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError("disk full")])
 def test_an_interrupted_export_leaves_nothing(source, tmp_path, monkeypatch, module, place, failure):

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from laser_dist.bench.faults import machine
 from laser_dist.errors import UserError
 from laser_dist.watch import pulse
 
@@ -71,6 +73,11 @@ def out_of_memory() -> None:
 def disk_full() -> None:
     """Whatever is written grows to 4 KiB at most: as on a full disk, a write fails in the middle of a file."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+
+def no_writes() -> None:
+    """As when the kernel mounts a disk again, read-only, after an error. Of a run: its folder."""
+    machine.make_read_only(Path(os.environ[machine.FOLDER]))
 
 
 def loader_killed() -> None:
@@ -148,6 +155,7 @@ ACTS: dict[str, Callable[[], None]] = {
     "a mistake of the user": mistake,
     "out of memory": out_of_memory,
     "disk full": disk_full,
+    "disk takes no writes": no_writes,
     "loader killed": loader_killed,
     "loader stopped": loader_stopped,
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),

@@ -58,18 +58,21 @@ def main(arguments: list[str]) -> int:
 def run_rows(rows: list, root: Path, *, cold: bool = False, out: Path | None = None) -> list:
     """Each row after the other, with a line for each as it ends, and what is known so far in `out`."""
     from laser_dist.bench.faults import warm
+    from laser_dist.bench.faults.exporting import run_export
     from laser_dist.bench.faults.run import build, run_row, weights
-    from laser_dist.bench.faults.table import Row
+    from laser_dist.bench.faults.table import NO_FAULT
 
     # In a process of its own: what it starts must not be there in the one that ranks are forked from.
     os.waitpid(warm.fork(lambda: build(root), {}, os.dup(1)), 0)
-    run_row(Row("none", "none", "unharmed"), root, root / "whole", "", cold=cold)
+    run_row(NO_FAULT, root, root / "whole", "", cold=cold)
     expected = weights(root / "whole")
     if not expected:
         raise UserError(f"a run without a fault does not come to its end: {root / 'whole'}")
     ended = []
     for number, row in enumerate(rows, 1):
-        end = run_row(row, root, root / f"run-{number}", expected, cold=cold)
+        output = root / f"run-{number}"
+        export = row.phase == "export"
+        end = run_export(row, root, output) if export else run_row(row, root, output, expected, cold=cold)
         ended.append(end)
         told = "; ".join(end.problems) or "right"
         print(f"{number}/{len(rows)} {end.name} | {end.ends}: {told} ({_times(end)}{end.seconds:.0f} s)", flush=True)

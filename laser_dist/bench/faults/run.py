@@ -13,10 +13,10 @@ from typing import IO
 
 from laser_dist.bench.faults import warm
 from laser_dist.bench.faults.data import served
+from laser_dist.bench.faults.machine import FOLDER, disturbed
 from laser_dist.bench.faults.rank import FAULT
-from laser_dist.bench.faults.table import SAVED_EVERY, STEPS, Row
+from laser_dist.bench.faults.table import NO_FAULT, SAVED_EVERY, STEPS, Row
 from laser_dist.launch import outcome, processes
-from laser_dist.launch.ranks import free_port
 from laser_dist.watch import pulse, verdict
 from laser_dist.watch.verdict import Verdict
 
@@ -83,9 +83,12 @@ def run_row(row: Row, root: Path, output: Path, expected: str, *, cold: bool = F
     """
     began = time.monotonic()
     struck = output.with_suffix(".struck")
-    with served(row, root / "shards", output.with_suffix(".data")) as data_flags:
-        code, lines = _launch(row, root, output, struck, data_flags, cold)
-    attempts = [(at, line) for at, line in lines if line.startswith("launch: attempt ")]
+    with (
+        disturbed(row.machine, output) as options,
+        served(row, root / "shards", output.with_suffix(".data")) as data_flags,
+    ):
+        code, lines = _launch(row, root, output, struck, options, data_flags, cold)
+    attempts = [(at, line) for at, line in lines if line.startswith(("launch: attempt ", "error: "))]
     told = verdict.read(outcome.folder(output, 1)) or verdict.inferred(outcome.folder(output, 1))
     ended = Ended(row.name, row.ends, code, len(attempts), told, attempts[-1][1] if attempts else "")
     if row.act and not struck.is_file():
@@ -95,10 +98,20 @@ def run_row(row: Row, root: Path, output: Path, expected: str, *, cold: bool = F
         known = told.time if told.told_by >= 0 else at  # a supervisor that infers it says not when
         ended.known = known - at if told.told_by >= 0 else None
         ended.gone = attempts[0][0] - known if attempts else None
+    if row.ends == "mended":
+        ended.problems += _start_again(root, output, cold)
     ended.problems += _problems(row, ended, attempts, weights(output), expected, output)
     ended.seconds = time.monotonic() - began
     ended.output = [line for _, line in lines] if ended.problems else []
     return ended
+
+
+def _start_again(root: Path, output: Path, cold: bool) -> list[str]:
+    """Why the run that was stopped does not come to its end when nothing is wrong with the machine any more."""
+    resume = ["--resume"] if (output / "checkpoints" / "latest").is_file() else []
+    with disturbed("", output) as options:
+        code, lines = _launch(NO_FAULT, root, output, output, options, resume, cold)
+    return [f"started again, it ends with {code}", *(line for _, line in lines[-5:])] if code else []
 
 
 def weights(output: Path) -> str:
@@ -111,15 +124,15 @@ def weights(output: Path) -> str:
 
 
 def _launch(
-    row: Row, root: Path, output: Path, struck: Path, data_flags: list[str], cold: bool
+    row: Row, root: Path, output: Path, struck: Path, options: list[str], flags: list[str], cold: bool
 ) -> tuple[int, list[tuple[float, str]]]:
     """Exit code and output, each line with the time it came at."""
     fault = {name: getattr(row, name) for name in ("act", "phase", "step", "rank", "attempts")} | {
         "struck": str(struck)
     }
-    options = ["--num_accelerators", "2", "--master_port", str(free_port()), "--max-restarts", "2", "--backoff", "0"]
-    arguments = [*options, str(root / "recipe.toml"), "--output", str(output), *row.flags, *data_flags]
-    environment = {FAULT: json.dumps(fault), "OMP_NUM_THREADS": "1"}
+    options = ["--num_accelerators", "2", "--max-restarts", "2", "--backoff", "0", *options]
+    arguments = [*options, str(root / "recipe.toml"), "--output", str(output), *row.flags, *flags]
+    environment = {FAULT: json.dumps(fault), FOLDER: str(output), "OMP_NUM_THREADS": "1"}
     pid, printed = (_cold if cold else warm.start)(arguments, environment)
 
     def end() -> None:
@@ -154,16 +167,18 @@ def _problems(
 ) -> list[str]:
     problems = []
     codes = {"recovered": 0, "unharmed": 0, "saved": 75}
-    if ended.code != codes.get(row.ends, ended.code) or (row.ends == "stopped" and ended.code not in (1, 2)):
+    if ended.code != codes.get(row.ends, ended.code) or (
+        row.ends in ("stopped", "mended") and ended.code not in (1, 2)
+    ):
         problems.append(f"exit code {ended.code}")
-    if row.ends in ("recovered", "unharmed") and actual != expected:
+    if row.ends in ("recovered", "unharmed", "mended") and actual != expected:
         problems.append("other weights than without a fault" if actual else "it did not come to the end")
     if row.ends == "recovered" and ended.attempts != 2 or row.ends in ("unharmed", "saved") and ended.attempts != 1:
         problems.append(f"{ended.attempts} attempts")
     if not any(row.cause in line for _, line in attempts):
         problems.append(f"no line says {row.cause!r}")
     told = ended.verdict
-    if bool(row.kind) != bool(told):
+    if row.ends != "mended" and bool(row.kind) != bool(told):  # a disk that takes nothing takes no verdict
         problems.append(f"verdict: {told.line if told else 'none'}")
     if told and row.kind:
         phase = "start" if row.phase == "init" else row.phase

@@ -17,9 +17,10 @@ class Row:
     """Of acts.py."""
     phase: str
     """Of a pulse, or "init", when its phase is still "start": just before the ranks meet."""
-    ends: Literal["recovered", "unharmed", "stopped", "saved"]
+    ends: Literal["recovered", "unharmed", "stopped", "saved", "mended"]
     """recovered: by a restart, with the weights of a run without faults; unharmed: the same in one attempt, without an
-    alarm; stopped: with an error; saved: a checkpoint, and exit code 75."""
+    alarm; stopped: with an error; saved: a checkpoint, and exit code 75; mended: stopped with an error and, started
+    again once its cause is gone, recovered."""
     kind: str = ""
     """Of the verdict; "" where there is none."""
     cause: str = ""
@@ -32,6 +33,8 @@ class Row:
     """What is done to a copy of the shards before the run, of data.py; for acts that are none ("")."""
     server: tuple[str, ...] = ()
     """The first answers of an HTTP server for each shard (see FaultyServer); for acts that are none ("")."""
+    machine: str = ""
+    """What is wrong with the machine before the run, of machine.py; for acts that are none ("")."""
     flags: tuple[str, ...] = ()
     """Of training, beside the recipe's."""
     placed: bool = True
@@ -39,11 +42,16 @@ class Row:
 
     @property
     def name(self) -> str:
+        if self.machine:
+            return f"{self.machine} | {self.phase} | -"
         if not self.act:
             return f"shard {self.shards} | data | -" if self.shards else f"HTTP {self.server[0]} | data | -"
         where = f"{self.phase}, step {self.step}" if self.step else self.phase
         again = ", each time" if self.attempts > ONCE else ""
         return f"{self.act} | {where}{again} | rank {self.rank}"
+
+
+NO_FAULT = Row("none", "none", "unharmed")
 
 
 def _died(act: str, phase: str, cause: str = "", **other: object) -> Row:
@@ -96,6 +104,13 @@ ERRORS = (
     Row("killed", "forward", "stopped", "died", "step 5 killed the run twice", attempts=ALWAYS),
     Row("disk full", "save", "recovered", "failed", "", step=4),
 )
+MACHINE = (
+    Row("", "init", "unharmed", machine="the usual port is taken"),
+    Row("", "init", "mended", "", "listens there", machine="the port asked for is taken"),
+    Row("", "init", "mended", "", "ead-only", machine="the run's folder takes no writes"),
+    Row("disk takes no writes", "save", "mended", "", "ead-only", step=4),
+    Row("disk takes no writes", "evaluate", "mended", "", "ead-only", step=4, rank=0, flags=EVALUATE),
+)
 SIGNALS = (
     Row("SIGTERM", "forward", "saved"),
     Row("SIGUSR1", "backward", "saved", rank=0),
@@ -126,4 +141,13 @@ HTTP = (
     ),
     Row("", "data", "stopped", "failed", "it does not exist", placed=False, server=("404",) * 99, flags=SERVER),
 )
-ROWS = (*DEATHS, *STOPS, *HANGS, *ERRORS, *SIGNALS, *NO_ALARM, *NUMBERS, *SHARDS, *HTTP)
+EXPORT = (
+    Row("killed", "export", "mended", "", "", step=0, rank=0),
+    Row("SIGTERM", "export", "mended", "", "", step=0, rank=0),
+    Row("raises", "export", "mended", "", "RuntimeError: injected", step=0, rank=0),
+    Row("out of memory", "export", "mended", "", "emory", step=0, rank=0),
+    Row("disk full", "export", "mended", "", "File too large", step=0, rank=0),
+    Row("disk takes no writes", "export", "mended", "", "ead-only", step=0, rank=0),
+)
+"""Beside an export that is there already: it stays whole, and the next try replaces it."""
+ROWS = (*DEATHS, *STOPS, *HANGS, *ERRORS, *MACHINE, *SIGNALS, *NO_ALARM, *NUMBERS, *SHARDS, *HTTP, *EXPORT)

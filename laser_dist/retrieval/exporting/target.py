@@ -1,13 +1,13 @@
 """Where an export comes from and where it goes: checked before expensive work, written beside, renamed when whole."""
 
 import dataclasses
-import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from laser_dist.errors import UserError
+from laser_dist.files import rename_over, sha256
 from laser_dist.reading import read_object
 from laser_dist.retrieval.card import FILE as CARD
 from laser_dist.retrieval.card import RetrieverCard
@@ -70,7 +70,7 @@ def staged(out: Path) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
         _share(staging)
-        _replace(staging, out)
+        rename_over(staging, out)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         raise UserError(f"cannot write {out}: {error}") from error
     finally:
@@ -117,8 +117,7 @@ def _check_card(source: Path) -> None:
 def _identity(file: Path) -> tuple[int, str] | None:
     if not file.is_file():
         return None
-    with file.open("rb") as stream:
-        return file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+    return file.stat().st_size, sha256(file)
 
 
 def _is_export(folder: Path) -> bool:
@@ -135,13 +134,3 @@ def _share(folder: Path) -> None:
     mode = (folder / CARD).stat().st_mode
     for path in folder.iterdir():
         path.chmod(mode)
-
-
-def _replace(staging: Path, out: Path) -> None:
-    """Rename staging to out; an export that is there stays whole until the new one has its name."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    staging.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
