@@ -247,7 +247,7 @@ FAULTS: list[tuple[str, Callable, str, str]] = [
         "warning",
         "/etc/hosts",
     ),
-    ("port", lambda c, m, s, t: busy_port(c, m), "warning", "already in use --master_port"),
+    ("port", lambda c, m, s, t: busy_port(c, m), "warning", "another process --master_port"),
     (
         "GPU",
         lambda c, m, s, t: m.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi"),

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,6 +72,19 @@ def test_a_failure_is_resumed_from_the_last_checkpoint(job, capfd: pytest.Captur
     assert "rank 1 ended without a word" in told
     assert "restart 1 of 5 in 0 s, from step 4" in told and "attempt 2 of 6 finished" in told
     assert [command[-1] for command in job.commands] == [str(job.output / "launch/recipe.toml"), "--resume"]
+
+
+def test_ranks_do_not_meet_at_a_port_that_is_taken(job, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        taken = str(other.getsockname()[1])
+        monkeypatch.setattr(launch, "DEFAULT_PORT", taken)  # another run's
+        assert job("speak(0)") == 0
+        assert job.commands[0][job.commands[0].index("--master_port") + 1] != taken
+        with pytest.raises(UserError, match=f"--master_port {taken}: another process"):
+            job("speak(0)", options=("--master_port", taken))
+    assert len(job.commands) == 1
 
 
 def test_two_failures_without_progress_are_enough(job, capfd: pytest.CaptureFixture) -> None:
