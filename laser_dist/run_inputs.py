@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from laser_dist.config import RunConfig, to_toml
 from laser_dist.data.streaming.quarantine import Quarantine
@@ -17,11 +16,6 @@ from laser_dist.observability.profiler import check_profile
 from laser_dist.retrieval.card import tokenizer_hash
 from laser_dist.retrieval.collection import Corpus, Qrels, Queries, read_collection
 from laser_dist.retrieval.metrics import METRICS
-
-if TYPE_CHECKING:
-    import torch
-
-    from laser_dist.model.teacher import FrozenTeacher
 
 
 @dataclass
@@ -73,38 +67,6 @@ def total_steps(config: RunConfig, data: TrainingData, queries_per_step: int, st
         )
     left = int(config.train.epochs * data.examples) - position
     return config.train.max_steps or max(1, step + left // queries_per_step)
-
-
-def frozen_teacher(config: RunConfig, device: "torch.device") -> "FrozenTeacher | None":
-    """The model of objective.teacher, whole on this rank; None if the run teaches itself.
-
-    UserError for a folder that holds no model, and for one that reads other tokens than the run.
-    """
-    if not config.objective.teacher:
-        return None
-    from laser_dist.model.backbone import load_tokenizer
-    from laser_dist.model.retriever import LaserRetriever
-    from laser_dist.model.teacher import FrozenTeacher
-    from laser_dist.retrieval.card import RetrieverCard
-    from laser_dist.retrieval.loading import load_trained_lm, model_folder
-
-    folder = model_folder(config.objective.teacher)
-    card = RetrieverCard.load(Path(folder))
-    lm, tokenizer = load_trained_lm(folder, card, dtype=config.model.dtype)
-    if card.text != config.text or tokenizer.get_vocab() != load_tokenizer(config.model).get_vocab():
-        raise UserError(
-            f"objective.teacher = {config.objective.teacher!r}: was trained with another tokenizer or other [text] "
-            "settings, and would read other tokens than the run: train both with the same"
-        )
-    retriever = LaserRetriever(
-        lm, steps=card.thinking.steps, convention=card.thinking.convention, attention=config.model.attention
-    )
-    return FrozenTeacher(
-        retriever.to(device),
-        steps=config.thinking.steps,
-        convention=config.thinking.convention,
-        chunk_tokens=config.train.chunk_tokens,
-    )
 
 
 def open_quarantine(config: RunConfig, data: TrainingData, report: Path) -> Quarantine:

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from laser_dist.config import RunConfig
-from laser_dist.data.streaming.loader import TrainingBatch, training_batches
+from laser_dist.data.streaming.loader import TrainingBatch, micro_batches_of, training_batches
+from laser_dist.data.streaming.together import next_together
 from laser_dist.distributed.checkpoint import CheckpointStore, TrainerState
 from laser_dist.distributed.collectives import gather_objects, gather_table, rank, world_size
 from laser_dist.distributed.engine import Engine, launched_world_size
 from laser_dist.distributed.grad_cache import GradCache
-from laser_dist.errors import UserError
 from laser_dist.guard.guard import Guard
 from laser_dist.identity import fingerprint
 from laser_dist.launch.meeting import meet
 from laser_dist.launch.preflight import preflight
-from laser_dist.model.backbone import check_attention, load_backbone, prepare_for_training
-from laser_dist.model.retriever import LaserRetriever
+from laser_dist.model.backbone import check_attention
+from laser_dist.model.building import build_retriever, frozen_teacher
 from laser_dist.objective.alignment import AlignmentObjective
 from laser_dist.observability.clock import StepClock
 from laser_dist.observability.console import TrainingProgress
@@ -38,7 +38,7 @@ from laser_dist.retrieval.card import RetrieverCard
 from laser_dist.retrieval.encoder import LaserEncoder
 from laser_dist.retrieval.evaluation.evaluate import evaluate
 from laser_dist.run_folder import checkpoints_of
-from laser_dist.run_inputs import frozen_teacher, open_inputs, open_quarantine, total_steps, write_config
+from laser_dist.run_inputs import open_inputs, open_quarantine, total_steps, write_config
 from laser_dist.run_page.report import page_at_end
 from laser_dist.watch import pulse, watchdog
 
@@ -66,14 +66,7 @@ class Trainer:
         self.kernel = self.objective.kernel_on(device)
         self.attention = check_attention(config.model, device)
         torch.manual_seed(config.seed)
-        lm = prepare_for_training(load_backbone(config.model, ds_config), config.model)
-        self.retriever = LaserRetriever(
-            lm,
-            steps=config.thinking.steps,
-            convention=config.thinking.convention,
-            attention=config.model.attention,
-            passage_steps=config.objective.compares_steps,
-        )
+        self.retriever = build_retriever(config, ds_config)
         self.size = ModelSize.of(self.retriever)
         self.peak_flops = peak_flops(device, config.logging.peak_tflops)
         self.engine = Engine(
@@ -108,7 +101,7 @@ class Trainer:
             world_size=world_size(),
             start=self.position,
             total=(self.total_steps - start) * config.train.accumulation,
-            gaps=self._gaps(start),
+            gaps=micro_batches_of(config.data.skip_steps, start, self.total_steps, config.train.accumulation),
         )
         self.best_metric = self.store.best_metric()
         ledger = RunLedger(output, start_step=start, total_steps=self.total_steps, enabled=is_first)
@@ -122,7 +115,7 @@ class Trainer:
         ):
             self.guard.say = self.progress.say
             self.log.config(config)
-            self._announce(start)
+            self.progress.say(self._headline(start))
             rehearsal = Rehearsal(self, start)
             for step in range(start, self.total_steps):
                 if step + 1 in config.data.skip_steps:
@@ -182,11 +175,6 @@ class Trainer:
             "data/skipped_steps": float(sum(skipped <= step for skipped in config.data.skip_steps)),
         }
 
-    def _gaps(self, start: int) -> list[tuple[int, int]]:
-        """The micro-batches of data.skip_steps, from those of step `start` on."""
-        per_step, skipped = self.config.train.accumulation, sorted(set(self.config.data.skip_steps))
-        return [((s - 1 - start) * per_step, (s - start) * per_step) for s in skipped if start < s <= self.total_steps]
-
     def _pass_over(self, step: int) -> None:
         self.position += self.queries_per_step
         self.progress.say(f"step {step} passed over with its {self.queries_per_step} queries, as data.skip_steps says")
@@ -245,11 +233,7 @@ class Trainer:
         self.position = 0
         if not self.config.resume:
             return 0
-        checkpoint, skipped = self.store.newest_complete()
-        for reason in skipped if rank() == 0 else ():
-            print(f"skipped an incomplete checkpoint: {reason}", flush=True)
-        if checkpoint is None and skipped:  # to begin again, and write over them, is not what --resume says
-            raise UserError(f"no checkpoint is complete ({skipped[0]}): bring one back, or remove {self.store.folder}")
+        checkpoint = self.store.to_resume()
         if checkpoint is None:
             return 0
         hashed = fingerprint(self.config, self.data.fingerprint())
@@ -259,34 +243,15 @@ class Trainer:
         return state.step
 
     def _next(self, batches: Iterator[TrainingBatch]) -> tuple[TrainingBatch, int]:
-        """This rank's next micro-batch, and in how many chunks all ranks run theirs.
+        return next_together(batches, self.quarantine, self.clock)
 
-        What goes wrong on one rank ends all, instead of leaving them to wait.
-        """
-        loaded, problem = None, None
-        try:
-            loaded = next(batches)
-        except UserError as error:
-            problem = str(error)
-        defects = loaded.defects if loaded else ()
-        counts = {"defects": len(defects), "chunks": loaded.chunks if loaded else 0}
-        with self.clock.phase("wait"):
-            table = gather_table({"failed": float(problem is not None), **{k: float(v) for k, v in counts.items()}})
-        if any(row["failed"] for row in table):
-            raise UserError(next(text for text in gather_objects(problem) if text))
-        if any(row["defects"] for row in table):
-            for r, found in enumerate(gather_objects(defects)):  # all of them on all ranks, which so stop together
-                self.quarantine.add(found, rank=r)
-        assert loaded is not None
-        return loaded, int(max(row["chunks"] for row in table))
-
-    def _announce(self, start: int) -> None:
+    def _headline(self, start: int) -> str:
         model = self.config.model
         kept = f" (the first {model.layers} layers only)" if model.layers else ""
         kind = f"LoRA rank {model.lora_rank}" if model.lora_rank else "all weights"
-        self.progress.say(
+        resuming = f" · resuming after step {start}" if start else ""
+        return (
             f"{model.name}{kept} · {kind} · {model.dtype} · ZeRO-{self.engine.stage} · {world_size()} ranks · "
-            f"{self.attention} attention · {self.kernel} loss · "
-            f"{self.queries_per_step} queries a step · {self.total_steps} steps"
-            + (f" · resuming after step {start}" if start else "")
+            f"{self.attention} attention · {self.kernel} loss · {self.queries_per_step} queries a step · "
+            f"{self.total_steps} steps{resuming}"
         )

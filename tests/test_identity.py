@@ -58,3 +58,11 @@ def test_checkpoints_that_have_a_hash_only_still_load() -> None:
     require_same("x", (hashed, None), (hashed, of(CONFIG)))
     with pytest.raises(UserError, match="another configuration"):
         require_same("x", ("other", None), (hashed, of(CONFIG)))
+
+
+def test_what_decides_numbers_is_in_the_fingerprint() -> None:
+    plain, offline = RunConfig(), ObjectiveConfig(explicit_weight=0.0, teacher="elsewhere")
+    for objective in (ObjectiveConfig(steps_weight=1.0), ObjectiveConfig(refinement_weight=1.0), offline):
+        without = replace(objective, steps_weight=0.0, refinement_weight=0.0, teacher=None)
+        of_it, of_plain = (fingerprint(replace(plain, objective=x), []) for x in (objective, without))
+        assert of_it != of_plain

@@ -153,6 +153,18 @@ class CheckpointStore:
             self.damaged.add(candidate.name)
         return None, skipped
 
+    def to_resume(self) -> Path | None:
+        """The checkpoint to go on from, None if there is none yet; says which it passed over.
+
+        UserError if there are some, and all are damaged: to begin again would write over them.
+        """
+        checkpoint, skipped = self.newest_complete()
+        for reason in skipped if rank() == 0 else ():
+            print(f"skipped an incomplete checkpoint: {reason}", flush=True)
+        if checkpoint is None and skipped:
+            raise UserError(f"no checkpoint is complete ({skipped[0]}): bring one back, or remove {self.folder}")
+        return checkpoint
+
     def load(
         self, engine: Engine, checkpoint: Path, fingerprint: str, seed: int, settings: Settings | None = None
     ) -> TrainerState:

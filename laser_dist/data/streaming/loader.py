@@ -92,6 +92,13 @@ def training_batches(
             yield from plain_errors(_loader(config, data, text, rank, world_size, position, end - first))
 
 
+def micro_batches_of(steps: Sequence[int], start: int, total: int, accumulation: int) -> list[tuple[int, int]]:
+    """(first, end) of the micro-batches of these steps (from 1), counted from those of step `start` (from 0) on."""
+    return [
+        ((s - 1 - start) * accumulation, (s - start) * accumulation) for s in sorted(set(steps)) if start < s <= total
+    ]
+
+
 def _loader(
     config: RunConfig, data: TrainingData, text: TextFormat, rank: int, world_size: int, start: int, total: int
 ) -> DataLoader:

@@ -5,21 +5,11 @@ import torch
 
 from laser_dist.config import ModelConfig, ObjectiveConfig, RunConfig, TextConfig
 from laser_dist.errors import UserError
-from laser_dist.identity import fingerprint
+from laser_dist.model.building import frozen_teacher
 from laser_dist.retrieval.card import RetrieverCard
-from laser_dist.run_inputs import frozen_teacher
 from laser_dist.testing import tiny_model_folder
 
-DATA: list = []
 OFFLINE = ObjectiveConfig(explicit_weight=0.0, teacher="elsewhere")
-
-
-def test_what_decides_numbers_is_in_the_fingerprint():
-    plain = RunConfig()
-    for objective in (ObjectiveConfig(steps_weight=1.0), ObjectiveConfig(refinement_weight=1.0), OFFLINE):
-        without = replace(objective, steps_weight=0.0, refinement_weight=0.0, teacher=None)
-        of_it, of_plain = (fingerprint(replace(plain, objective=x), DATA) for x in (objective, without))
-        assert of_it != of_plain
 
 
 def test_teacher_is_loaded_frozen_and_must_read_the_same_tokens(tmp_path):
