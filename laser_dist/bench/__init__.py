@@ -20,6 +20,7 @@ BENCHMARKS = {
     "scaling": "laser_dist.bench.scaling",
     "faults": "laser_dist.bench.faults",
     "guard": "laser_dist.bench.guard",
+    "reliability": "laser_dist.bench.reliability",
 }
 USAGE = """usage: laser-dist bench NAME ...
 
@@ -38,6 +39,7 @@ benchmarks:
   guard    Anomalies put into real trainings and clean steps: what is caught, false alarms, overhead
   scaling  Bytes held and sent and FLOPs of a step on 1, 2 and 4 processes, counted, beside what `plan` says
   faults   Real runs struck by faults in every phase: which recover, which stop, who is blamed, how soon
+  reliability   All that must hold when things go wrong, in one table: faults, kills, damage, anomalies, bad input
 
 example:
   laser-dist bench step --model Qwen/Qwen3-0.6B --queries 8 --out step.json
