@@ -18,27 +18,6 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Passage:
-    """A text that can be retrieved."""
-
-    id: str
-    text: str
-    title: str = ""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training triple: a query, its written rationale, its positives and hard negatives."""
-
-    query_id: str
-    query: str
-    rationale: str
-    positives: tuple[Passage, ...]
-    negatives: tuple[Passage, ...] = ()
-    instruction: str | None = None
-
-
-@dataclass(frozen=True)
 class TokenSequence:
     """One row: a prompt the model thinks after, and, for a training query, the rationale that follows it."""
 

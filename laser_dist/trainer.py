@@ -23,7 +23,6 @@ from laser_dist.identity import fingerprint
 from laser_dist.launch.meeting import meet
 from laser_dist.launch.preflight import preflight
 from laser_dist.model.backbone import check_attention
-from laser_dist.model.building import build_retriever, frozen_teacher
 from laser_dist.objective.alignment import AlignmentObjective
 from laser_dist.observability.clock import StepClock
 from laser_dist.observability.console import TrainingProgress
@@ -39,6 +38,7 @@ from laser_dist.retrieval.encoder import LaserEncoder
 from laser_dist.retrieval.evaluation.evaluate import evaluate
 from laser_dist.run_folder import checkpoints_of
 from laser_dist.run_inputs import open_inputs, open_quarantine, total_steps, write_config
+from laser_dist.run_models import build_retriever, frozen_teacher
 from laser_dist.run_page.report import page_at_end
 from laser_dist.watch import pulse, watchdog
 

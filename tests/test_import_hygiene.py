@@ -127,3 +127,16 @@ def test_help_is_instant_and_imports_nothing_heavy():
         seconds.append(time.monotonic() - began)
     assert min(seconds) < 1
     assert told.startswith("usage: laser-dist COMMAND") and told.endswith("[]")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["inspect", "no-shards"], ["export", "no-run", "--out", "e"], ["replay", "no-dump"], ["report", "no-run"]],
+)
+def test_a_mistyped_path_is_answered_before_anything_heavy_is_imported(command, tmp_path):
+    """Each of them once took seconds of importing torch to say that a folder is not there."""
+    code = (
+        f"import sys; from laser_dist.cli import main; assert main({command}) == 2; "
+        "print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
+    )
+    assert run(code, tmp_path).endswith("[]")

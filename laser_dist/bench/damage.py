@@ -141,7 +141,7 @@ DAMAGES: dict[str, Damage] = {
 
 def make_set(folder: Path, examples: int = 300) -> list[Path]:
     """Shards of 100 short examples; the paths in order."""
-    from laser_dist.batch import Example, Passage
+    from laser_dist.data.schema import Example, Passage
     from laser_dist.data.shards import write_shards
 
     rows = (

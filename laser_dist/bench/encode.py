@@ -191,7 +191,7 @@ def mixed_texts(count: int, words: tuple[int, int], seed: int = 0) -> list[str]:
 
 
 def _passage(text: str) -> Any:
-    from laser_dist.batch import Passage
+    from laser_dist.data.schema import Passage
 
     return Passage("", text)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from laser_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from laser_dist.batch import Example
+    from laser_dist.data.schema import Example
 
 HELP = """Time how long a run takes to continue at several places of a large set.
 
@@ -99,7 +99,7 @@ def build(settings: Settings) -> None:
 
 
 def _examples(count: int) -> Iterator["Example"]:
-    from laser_dist.batch import Example, Passage
+    from laser_dist.data.schema import Example, Passage
 
     for i in range(count):
         passages = [Passage(f"p{i}-{j}", f"Passage {j} for example {i}. " * 6) for j in range(3)]

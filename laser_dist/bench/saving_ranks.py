@@ -175,7 +175,8 @@ def _build(model: Path, stage: int) -> tuple[Any, Any]:
 
 
 def _train(engine: Any, text: Any, step: int) -> None:
-    from laser_dist.batch import Passage, TokenSequence, pack
+    from laser_dist.batch import TokenSequence, pack
+    from laser_dist.data.schema import Passage
 
     texts = [f"heat makes steam {step}", "cold stone keeps the drop still and bright"]
     batch = pack([TokenSequence(text.passage(Passage("x", content))) for content in texts])

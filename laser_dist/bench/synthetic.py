@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from laser_dist.batch import Example, Passage
 from laser_dist.data import sample_folder
+from laser_dist.data.schema import Example, Passage
 
 SPREAD = 0.4  # standard deviation of the logarithm of a length; the paper gives means only
 _PER_SEGMENT = 4  # sentences

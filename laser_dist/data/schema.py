@@ -9,11 +9,33 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from laser_dist.batch import Example, Passage
 from laser_dist.errors import UserError, suggest
 from laser_dist.reading import decode_json
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text that can be retrieved."""
+
+    id: str
+    text: str
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training triple: a query, its written rationale, its positives and hard negatives."""
+
+    query_id: str
+    query: str
+    rationale: str
+    positives: tuple[Passage, ...]
+    negatives: tuple[Passage, ...] = ()
+    instruction: str | None = None
+
 
 # Every field under its names, in the order above. FlagEmbedding's come from its fine-tuning guide, ReasonEmbed's from
 # what its training code reads (ReasonEmbed/training/custom_dataset.py in VectorSpaceLab/agentic-search).

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
-from laser_dist.batch import Example
 from laser_dist.data.manifest import AGAIN, LARGEST, MANIFEST, Manifest, Shard, Source, parse_manifest
 from laser_dist.data.preparation.partial import PartialSet
-from laser_dist.data.schema import encode_example
+from laser_dist.data.schema import Example, encode_example
 from laser_dist.data.streaming.store import Store, open_store
 from laser_dist.errors import UserError
 from laser_dist.redaction import shown

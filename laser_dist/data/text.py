@@ -15,10 +15,10 @@ from operator import itemgetter
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from laser_dist.batch import Example, PackedBatch, Passage, TokenSequence, pack
+from laser_dist.batch import PackedBatch, TokenSequence, pack
 from laser_dist.config import TextConfig
 from laser_dist.data.bounded import bounded
-from laser_dist.data.schema import content_key
+from laser_dist.data.schema import Example, Passage, content_key
 from laser_dist.errors import UserError
 
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")

@@ -18,11 +18,11 @@ from laser_dist.errors import UserError
 from laser_dist.guard.dump import Report
 from laser_dist.guard.evidence import WATCHED, MicroBatch, of_loss, of_views, row_lengths
 from laser_dist.model.backbone import load_backbone, prepare_for_training
-from laser_dist.model.building import frozen_teacher
 from laser_dist.model.retriever import LaserRetriever
 from laser_dist.objective.alignment import AlignmentObjective, LossTerms
 from laser_dist.observability.scalars import term_gradient_norms
 from laser_dist.run_folder import checkpoints_of
+from laser_dist.run_models import frozen_teacher
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ def main(arguments: list[str]) -> int:
     settings = tyro.cli(Settings, args=arguments, prog="laser-dist replay", description=HELP)
     if settings.rows < 1:
         raise UserError(f"--rows {settings.rows}: must be at least 1")
+    if not (settings.dump / "alarm.json").is_file():  # told at once: what reads it imports the model's libraries
+        raise UserError(f"{settings.dump} is no dump of an alarm: it has no alarm.json; see OUTPUT/alarms")
     from laser_dist.guard.dump import Report
 
     report = Report.read(settings.dump)

@@ -236,7 +236,7 @@ def main(argv: list[str]) -> int:
 def _run(args: Arguments) -> int:
     def prepare() -> tuple[str, str | None]:
         index_rows(args.corpus, args.out / INDEX, args.what)
-        from laser_dist.retrieval.loading import model_folder
+        from laser_dist.retrieval.folders import model_folder
 
         # Once: a run's newest checkpoint may be another one a moment later.
         model = model_folder(args.model)

@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from laser_dist.batch import Example, Passage, TokenSequence, pack
+from laser_dist.batch import TokenSequence, pack
 from laser_dist.config import RunConfig
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.text import TextFormat
 from laser_dist.distributed.collectives import gather_objects, merge_rows, rank, world_size
 from laser_dist.errors import UserError
@@ -21,7 +22,8 @@ from laser_dist.model.backbone import DTYPES, load_backbone, load_tokenizer
 from laser_dist.model.retriever import LaserRetriever, unit
 from laser_dist.retrieval.arguments import at_least_one, check_texts, per_text, slices
 from laser_dist.retrieval.card import RetrieverCard
-from laser_dist.retrieval.loading import find_device, load_trained_lm, model_folder
+from laser_dist.retrieval.folders import model_folder
+from laser_dist.retrieval.loading import find_device, load_trained_lm
 
 if TYPE_CHECKING:
     from laser_dist.retrieval.workers import Workers

@@ -16,7 +16,8 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from laser_dist.batch import PackedBatch, Passage
+from laser_dist.batch import PackedBatch
+from laser_dist.data.schema import Passage
 from laser_dist.data.text import TextFormat
 from laser_dist.retrieval.encoder import LaserEncoder
 from laser_dist.retrieval.exporting.formats import query_prompt, save_folder, split_template

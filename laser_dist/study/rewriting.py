@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from laser_dist.batch import Example
 from laser_dist.config import ModelConfig
 from laser_dist.data.annotation.prompts import RATIONALE, render_prompt
+from laser_dist.data.schema import Example
 from laser_dist.model.backbone import load_backbone, load_tokenizer
 from laser_dist.retrieval.loading import find_device
 from laser_dist.study.cells import digest, model_identity

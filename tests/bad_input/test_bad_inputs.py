@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from laser_dist.batch import Example, Passage
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.shards import write_shards
 from laser_dist.testing.hostile import Ended, command
 

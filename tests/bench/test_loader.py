@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from laser_dist.batch import Example, Passage
 from laser_dist.bench import loader, loader_report
 from laser_dist.bench.loader import Passed, Settings
 from laser_dist.bench.pages import cached_share, evict, warm
 from laser_dist.bench.synthetic import MeanTokens, paper_examples
 from laser_dist.cli import main
 from laser_dist.config import ModelConfig
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.shards import write_shards
 from laser_dist.data.streaming import plain_loaders
 from laser_dist.model.backbone import load_tokenizer

@@ -9,10 +9,9 @@ from array import array
 
 import pytest
 
-from laser_dist.batch import Example, Passage
 from laser_dist.data import shards
 from laser_dist.data.manifest import encode_manifest
-from laser_dist.data.schema import decode_example
+from laser_dist.data.schema import Example, Passage, decode_example
 from laser_dist.data.shards import Manifest, Shard, load_manifest, read_members, read_shard, write_shards
 from laser_dist.errors import UserError
 

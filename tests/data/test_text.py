@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from laser_dist.batch import Example, Passage, TokenSequence, pack
+from laser_dist.batch import TokenSequence, pack
 from laser_dist.config import TextConfig
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.text import TextFormat, segment_last_characters
 from laser_dist.errors import UserError
 from laser_dist.testing import tiny_model_folder

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from laser_dist.batch import Example, Passage
 from laser_dist.config import ModelConfig, ObjectiveConfig, TextConfig
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.text import TextFormat
 from laser_dist.distributed.engine import Engine, NonFiniteGradient, init_distributed
 from laser_dist.distributed.grad_cache import GradCache

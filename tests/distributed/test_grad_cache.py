@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from laser_dist.batch import Example, PackedBatch, Passage, Views
+from laser_dist.batch import PackedBatch, Views
 from laser_dist.chunks import chunks_needed, split_rows
 from laser_dist.config import ModelConfig, ObjectiveConfig, TextConfig
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.text import TextFormat
 from laser_dist.distributed.grad_cache import GradCache
 from laser_dist.model.backbone import load_backbone, load_tokenizer

@@ -9,8 +9,9 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
 
-from laser_dist.batch import Passage, TokenSequence, pack
+from laser_dist.batch import TokenSequence, pack
 from laser_dist.config import CheckpointConfig, ModelConfig, OptimizerConfig, TextConfig
+from laser_dist.data.schema import Passage
 from laser_dist.data.text import TextFormat
 from laser_dist.distributed.checkpoint import CheckpointStore, TrainerState
 from laser_dist.distributed.engine import Engine, init_distributed

@@ -526,7 +526,7 @@ for name, files in CHECKPOINT_MANIFESTS.items():
 for name in ("../../elsewhere", "/tmp", "step-1/../..", "", "x" * 100_000, "step-\u202e1"):
 
     def pointing(folder, bomb, name=name):
-        from laser_dist.retrieval.loading import model_folder
+        from laser_dist.retrieval.folders import model_folder
 
         (folder / "checkpoints").mkdir()
         (folder / "checkpoints" / "latest").write_text(name)

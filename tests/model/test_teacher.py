@@ -1,8 +1,8 @@
 import torch
 from laser_kernels import alignment_loss_reference
 
-from laser_dist.batch import Example, Passage
 from laser_dist.config import ModelConfig, ObjectiveConfig, TextConfig
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.text import TextFormat
 from laser_dist.model.backbone import load_backbone, load_tokenizer
 from laser_dist.model.retriever import LaserRetriever, unit

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from laser_dist import LaserEncoder
-from laser_dist.batch import Example, Passage, TokenSequence
+from laser_dist.batch import TokenSequence
 from laser_dist.config import TextConfig, ThinkingConfig
+from laser_dist.data.schema import Example, Passage
 from laser_dist.errors import UserError
 from laser_dist.retrieval.card import RetrieverCard
 from laser_dist.testing.tiny import tiny_model_folder

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from laser_dist import LaserEncoder
 from laser_dist.errors import UserError
 from laser_dist.retrieval.card import RetrieverCard
-from laser_dist.retrieval.loading import find_device, model_folder
+from laser_dist.retrieval.folders import model_folder
+from laser_dist.retrieval.loading import find_device
 from laser_dist.testing import tiny_model_folder
 
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from laser_dist import LaserEncoder
-from laser_dist.batch import Example, Passage, TokenSequence, pack
+from laser_dist.batch import TokenSequence, pack
 from laser_dist.config import CheckpointConfig, ModelConfig, TextConfig, ThinkingConfig
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.text import TextFormat
 from laser_dist.distributed.checkpoint import CheckpointStore, TrainerState
 from laser_dist.distributed.engine import Engine, init_distributed

@@ -15,9 +15,9 @@ from laser_dist.errors import UserError
 from laser_dist.reading import decode_json, read_object
 
 if TYPE_CHECKING:
-    from laser_dist.batch import Example
     from laser_dist.data.annotation.asking import Job
     from laser_dist.data.annotation.journal import Journal
+    from laser_dist.data.schema import Example
 
 HELP = """Write the rationales that are missing, with any OpenAI-compatible endpoint (vLLM, SGLang, a hosted one).
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from laser_dist.batch import Example
 from laser_dist.data.advance import progress_bar
 from laser_dist.data.annotation.chat import ChatClient, Unanswered
 from laser_dist.data.annotation.journal import Journal
 from laser_dist.data.annotation.prompts import render_prompt
 from laser_dist.data.annotation.rationales import NoRationale, quotes, rationale_of
+from laser_dist.data.schema import Example
 from laser_dist.data.sources.read import read_examples
 from laser_dist.errors import UserError
 

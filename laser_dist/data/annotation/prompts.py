@@ -3,7 +3,7 @@
 from pathlib import Path
 from string import Formatter
 
-from laser_dist.batch import Example
+from laser_dist.data.schema import Example
 from laser_dist.errors import UserError, suggest
 from laser_dist.reading import read_file
 

@@ -9,8 +9,8 @@
 
 import re
 
-from laser_dist.batch import Passage
 from laser_dist.data.annotation.chat import Answer
+from laser_dist.data.schema import Passage
 
 REASONS = ("refused", "truncated", "empty", "echo")
 

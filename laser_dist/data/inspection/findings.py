@@ -11,8 +11,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from laser_dist.batch import Example
 from laser_dist.data.inspection.show import ShownRow, legend, render, safe
+from laser_dist.data.schema import Example
 
 _WIDTH = 120  # where there is no terminal
 

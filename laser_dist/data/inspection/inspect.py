@@ -15,9 +15,9 @@ from laser_dist.errors import UserError
 from laser_dist.model.embedded import CACHED_BACKBONE
 
 if TYPE_CHECKING:
-    from laser_dist.batch import Example
     from laser_dist.data.inspection.survey import Survey
     from laser_dist.data.manifest import Manifest
+    from laser_dist.data.schema import Example
 
 HELP = """Show training examples as the trainer sees them, and measure the whole set: lengths in tokens, truncation,
 segments, repetitions, suspicious rows.
@@ -107,12 +107,14 @@ def _recipe(arguments: list[str]) -> RunConfig:
 
 
 def _inspect(shards: str, config: InspectConfig, recipe: RunConfig) -> int:
+    from laser_dist.data.shards import load_manifest
+
+    manifest = load_manifest(shards)  # before what imports torch
     from laser_dist.data.inspection.findings import JsonPrinter, Printer, plain
     from laser_dist.data.inspection.report import require_matplotlib
     from laser_dist.data.inspection.show import shown_rows
     from laser_dist.data.inspection.survey import Survey
     from laser_dist.data.inspection.suspicion import rules
-    from laser_dist.data.shards import load_manifest
     from laser_dist.data.text import TextFormat
     from laser_dist.model.backbone import load_tokenizer
     from laser_dist.observability.console import quiet_libraries
@@ -121,7 +123,6 @@ def _inspect(shards: str, config: InspectConfig, recipe: RunConfig) -> int:
     if config.out is not None:
         require_matplotlib()
         _check_target(config.out, config.overwrite)
-    manifest = load_manifest(shards)
     tokenizer = load_tokenizer(replace(recipe.model, name=config.model or str(CACHED_BACKBONE)))
     text = TextFormat(tokenizer, config.text, steps=config.thinking.steps)
     with_rationale = recipe.objective.needs_rationale

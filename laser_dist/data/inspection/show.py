@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from laser_dist.batch import Example, Passage, TokenSequence
+from laser_dist.batch import TokenSequence
 from laser_dist.config import ThinkingConfig
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.text import TextFormat
 
 if TYPE_CHECKING:

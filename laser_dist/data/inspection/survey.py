@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from laser_dist.batch import Example, Passage
 from laser_dist.data.inspection.suspicion import Rule
-from laser_dist.data.schema import content_key, passage_key
+from laser_dist.data.schema import Example, Passage, content_key, passage_key
 from laser_dist.data.text import TextFormat
 
 FIELDS = ("query", "rationale", "query + rationale", "passage")

@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from laser_dist.batch import Example
 from laser_dist.data.annotation.rationales import quotes
+from laser_dist.data.schema import Example
 
 _FEWEST_LETTERS = 3
 _MOST_CHARACTERS = 50_000  # more than ten times what a row of 1024 tokens holds

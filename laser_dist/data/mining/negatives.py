@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from laser_dist.batch import Example, Passage
+from laser_dist.data.schema import Example, Passage
 
 # Every candidate in the rank window is counted under the first that holds.
 REASONS = (

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from laser_dist.batch import Example, Passage
+from laser_dist.data.schema import Example, Passage
 from laser_dist.errors import UserError
 from laser_dist.reading import read_json, read_object
 from laser_dist.retrieval.collection import Corpus
@@ -152,7 +152,7 @@ def _check_modules(folder: str) -> None:
 
 def encoder_folder(model: str) -> str:
     """The folder of a model: itself, a run's newest checkpoint, or a download. Raises UserError."""
-    from laser_dist.retrieval.loading import model_folder
+    from laser_dist.retrieval.folders import model_folder
 
     path = Path(model).expanduser()
     return str(path) if (path / "modules.json").is_file() else model_folder(model)

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from laser_dist.batch import Example, Passage
 from laser_dist.data.advance import progress_bar
 from laser_dist.data.mining.mine import MineConfig
 from laser_dist.data.mining.negatives import Candidate, KnownPositives, Rules, select
@@ -24,7 +23,7 @@ from laser_dist.data.mining.scorers import (
     load_encoder,
     locked,
 )
-from laser_dist.data.schema import NAMES, example_to_row, parse_example
+from laser_dist.data.schema import NAMES, Example, Passage, example_to_row, parse_example
 from laser_dist.data.sources.read import read_examples, read_source
 from laser_dist.errors import UserError
 from laser_dist.files import replacing, write_json

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from laser_dist.batch import Example
 from laser_dist.data.preparation.lengths import Measured, measure, texts_of
-from laser_dist.data.schema import encode_example, parse_example
+from laser_dist.data.schema import Example, encode_example, parse_example
 from laser_dist.data.sources.beir import Beir
 from laser_dist.data.sources.chunks import Chunk
 from laser_dist.data.sources.layouts import RowForm

@@ -3,8 +3,7 @@
 import json
 from typing import Any
 
-from laser_dist.batch import Passage
-from laser_dist.data.schema import decode_example, passage_key
+from laser_dist.data.schema import Passage, decode_example, passage_key
 
 FOLDER = "dev"
 CORPUS, QUERIES, QRELS = (f"{FOLDER}/{name}" for name in ("corpus.jsonl", "queries.jsonl", "qrels.tsv"))

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from laser_dist.batch import Example
+from laser_dist.data.schema import Example
 
 FIELDS = ("query", "rationale", "positive", "negative")
 UNITS = ("characters", "words", "tokens", "segments")

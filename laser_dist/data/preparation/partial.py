@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from webdataset.writer import TarWriter
-
 from laser_dist.data.manifest import MANIFEST, Manifest, Shard, encode_manifest
 from laser_dist.errors import UserError
 from laser_dist.files import sync_folder
@@ -205,6 +203,8 @@ def publish(partial: Path, out: Path) -> None:
 def write_shard(path: Path, texts: Sequence[bytes], first: int) -> Shard:
     """A tar file of these JSON texts; `first` is the index of the first, from which members get their names."""
     buffer, offsets = io.BytesIO(), array("q", [0])
+    from webdataset.writer import TarWriter  # which imports torch
+
     with TarWriter(buffer, encoder=False, mtime=0, user="", group="") as writer:
         for index, text in enumerate(texts, first):
             writer.write({"__key__": f"{index:09d}", "json": text})

@@ -12,8 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from laser_dist.batch import Example
-from laser_dist.data.schema import parse_example
+from laser_dist.data.schema import Example, parse_example
 from laser_dist.data.sources.chunks import Chunk, line_chunks, parquet_chunks, to_arrow
 from laser_dist.data.sources.layouts import RowForm
 from laser_dist.errors import UserError

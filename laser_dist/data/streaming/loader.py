@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from laser_dist.batch import PackedBatch, Passage
+from laser_dist.batch import PackedBatch
 from laser_dist.chunks import chunks_needed
 from laser_dist.config import RunConfig
+from laser_dist.data.schema import Passage
 from laser_dist.data.streaming.quarantine import Defect
 from laser_dist.data.streaming.sets import TrainingData
 from laser_dist.data.streaming.stream import ExampleStream, draw_passages, plain_errors

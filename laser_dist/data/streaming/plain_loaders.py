@@ -9,8 +9,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from laser_dist.batch import Example, PackedBatch
-from laser_dist.data.schema import decode_example, parse_example
+from laser_dist.batch import PackedBatch
+from laser_dist.data.schema import Example, decode_example, parse_example
 
 BUFFER = 1000  # examples shuffled together
 Pack = Callable[[Sequence[Example]], PackedBatch]

@@ -17,8 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from laser_dist.batch import Example, Passage
-from laser_dist.data.schema import decode_example, passage_key
+from laser_dist.data.schema import Example, Passage, decode_example, passage_key
 from laser_dist.data.shards import read_members
 from laser_dist.data.streaming.ahead import one_ahead
 from laser_dist.data.streaming.order import Mixture, Order, generator

@@ -18,7 +18,7 @@ def evaluate_tasks(args: Arguments, name: str) -> int:
     load_task(tasks[0])  # before the model: without a network it ends here
 
     from laser_dist.retrieval.evaluation.mteb_adapter import LaserMteb
-    from laser_dist.retrieval.loading import model_folder
+    from laser_dist.retrieval.folders import model_folder
 
     folder = model_folder(args.model)  # once: a run's newest checkpoint may be another one a moment later
     encoder, weights = load_encoder(args, folder), weights_hash(folder)

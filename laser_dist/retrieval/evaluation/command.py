@@ -72,7 +72,7 @@ def _files(args: Arguments) -> tuple[Path, Path, Path]:
 def _vectors(args: Arguments, folder: Path, file: Path, corpus: Corpus) -> tuple[Any, str]:
     """The encoded corpus, after checking that it is this corpus, by this model; and where the model lies."""
     from laser_dist.retrieval.card import RetrieverCard
-    from laser_dist.retrieval.loading import model_folder
+    from laser_dist.retrieval.folders import model_folder
     from laser_dist.retrieval.search.origin import check_passages, check_same_corpus, check_same_model
     from laser_dist.retrieval.vectors import load_vectors
 

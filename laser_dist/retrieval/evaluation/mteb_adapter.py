@@ -21,7 +21,7 @@ from mteb.types import PromptType
 
 from laser_dist.retrieval.encode import weights_hash
 from laser_dist.retrieval.encoder import LaserEncoder
-from laser_dist.retrieval.loading import model_folder
+from laser_dist.retrieval.folders import model_folder
 
 _NO_TEXT = "-"  # stands in for a passage without any text, which some of mteb's corpora have; vectors need a token
 

@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     from laser_dist.retrieval.collection import iter_passages
     from laser_dist.retrieval.encoder import LaserEncoder
     from laser_dist.retrieval.explaining.passages import Passages
-    from laser_dist.retrieval.loading import model_folder
+    from laser_dist.retrieval.folders import model_folder
 
     # Once: a run's newest checkpoint may be another one a moment later.
     model = model_folder(args.model)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from laser_dist.batch import Example, TokenSequence, pack
+from laser_dist.batch import TokenSequence, pack
 from laser_dist.data.inspection.show import safe
+from laser_dist.data.schema import Example
 from laser_dist.errors import UserError
 from laser_dist.model.retriever import LaserRetriever, unit
 from laser_dist.model.thinking import aligned_segments

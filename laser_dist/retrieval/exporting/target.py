@@ -18,7 +18,7 @@ STATE = "trainer.json"
 
 def find_source(checkpoint: Path) -> Path:
     """The model folder of a run, a checkpoint or a model folder. UserError if it is none, or not as it was saved."""
-    from laser_dist.retrieval.loading import model_folder
+    from laser_dist.retrieval.folders import model_folder
 
     # A hub id is no checkpoint; a mistyped folder must not be looked up there.
     if not Path(checkpoint).expanduser().is_dir():

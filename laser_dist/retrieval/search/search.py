@@ -149,7 +149,7 @@ def _encoder(args: Arguments) -> "LaserEncoder":
     """The model, after checking that it made the vectors."""
     from laser_dist.retrieval.card import RetrieverCard
     from laser_dist.retrieval.encoder import LaserEncoder
-    from laser_dist.retrieval.loading import model_folder
+    from laser_dist.retrieval.folders import model_folder
     from laser_dist.retrieval.search.origin import check_same_model
 
     model = model_folder(str(args.model))

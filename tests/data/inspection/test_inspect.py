@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from laser_dist.batch import Example, Passage
 from laser_dist.cli import main
 from laser_dist.data import shards as shards_module
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.shards import write_shards
 from laser_dist.testing import tiny_model_folder
 

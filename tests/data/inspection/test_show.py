@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from laser_dist.batch import Example, Passage
 from laser_dist.config import TextConfig, ThinkingConfig
 from laser_dist.data.inspection.findings import plain
 from laser_dist.data.inspection.show import ShownRow, render, safe, shown_rows
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.text import TextFormat
 from laser_dist.testing import tiny_model_folder
 

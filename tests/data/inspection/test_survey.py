@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from laser_dist.batch import Example, Passage
 from laser_dist.config import TextConfig
 from laser_dist.data.inspection import survey as survey_module
 from laser_dist.data.inspection.survey import KeyPairs, Lengths, Survey
 from laser_dist.data.inspection.suspicion import rules
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.text import TextCounts, TextFormat
 from laser_dist.testing import tiny_model_folder
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from laser_dist.batch import Example, Passage
 from laser_dist.data.inspection.suspicion import rules
+from laser_dist.data.schema import Example, Passage
 
 QUERY = "Why does ice float on a lake in winter?"
 SOUND = Example(

@@ -15,13 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laser_dist.batch import Example, Passage
 from laser_dist.data import sample_folder
 from laser_dist.data.mining import task as mining
 from laser_dist.data.mining.mine import main
 from laser_dist.data.mining.negatives import REASONS, Candidate, KnownPositives, Rules, normalised, overlap, select
 from laser_dist.data.mining.scorers import Bm25, Positives
-from laser_dist.data.schema import decode_example
+from laser_dist.data.schema import Example, Passage, decode_example
 from laser_dist.errors import UserError
 from laser_dist.retrieval.bm25 import bm25_run
 from laser_dist.retrieval.collection import Corpus, read_corpus, read_queries

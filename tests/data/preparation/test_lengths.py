@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laser_dist.batch import Example, Passage
 from laser_dist.data.preparation.lengths import Histogram, Lengths, measure
+from laser_dist.data.schema import Example, Passage
 
 LENGTHS = st.lists(st.integers(0, 10**7), min_size=1)
 

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from laser_dist.batch import Example, Passage
 from laser_dist.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TextConfig, TrainConfig
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.shards import write_shards
 from laser_dist.data.streaming.loader import training_batches
 from laser_dist.data.streaming.sets import open_data

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from laser_dist.batch import Example, Passage
 from laser_dist.config import DataConfig
 from laser_dist.data.manifest import Shard
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.shards import load_manifest, write_shards
 from laser_dist.data.streaming import store as store_module
 from laser_dist.data.streaming.sets import open_data

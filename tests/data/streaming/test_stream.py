@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from laser_dist.batch import Example, Passage
 from laser_dist.config import DataConfig
+from laser_dist.data.schema import Example, Passage
 from laser_dist.data.shards import load_manifest, write_shards
 from laser_dist.data.streaming import stream as stream_module
 from laser_dist.data.streaming.order import Mixture, Order

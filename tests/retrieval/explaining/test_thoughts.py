@@ -6,8 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from laser_dist import LaserEncoder
-from laser_dist.batch import Example, pack
+from laser_dist.batch import pack
 from laser_dist.config import TextConfig, ThinkingConfig
+from laser_dist.data.schema import Example
 from laser_dist.errors import UserError
 from laser_dist.model.thinking import SoftToken
 from laser_dist.retrieval.card import RetrieverCard

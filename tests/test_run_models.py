@@ -5,8 +5,8 @@ import torch
 
 from laser_dist.config import ModelConfig, ObjectiveConfig, RunConfig, TextConfig
 from laser_dist.errors import UserError
-from laser_dist.model.building import frozen_teacher
 from laser_dist.retrieval.card import RetrieverCard
+from laser_dist.run_models import frozen_teacher
 from laser_dist.testing import tiny_model_folder
 
 OFFLINE = ObjectiveConfig(explicit_weight=0.0, teacher="elsewhere")

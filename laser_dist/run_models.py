@@ -11,7 +11,8 @@ from laser_dist.model.backbone import load_backbone, load_tokenizer, prepare_for
 from laser_dist.model.retriever import LaserRetriever
 from laser_dist.model.teacher import FrozenTeacher
 from laser_dist.retrieval.card import RetrieverCard
-from laser_dist.retrieval.loading import load_trained_lm, model_folder
+from laser_dist.retrieval.folders import model_folder
+from laser_dist.retrieval.loading import load_trained_lm
 
 
 def build_retriever(config: RunConfig, ds_config: dict[str, Any]) -> LaserRetriever:
