@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,11 +230,12 @@ def test_help_is_quick_and_shows_examples():
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)))"
     )
-    seconds = []
-    for _ in range(3):
-        began = time.monotonic()
+    seconds = []  # of its own, whatever else the machine does
+    for _ in range(2):  # the first writes byte code
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         env = os.environ | {"COLUMNS": "120"}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-        seconds.append(time.monotonic() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert "laser-dist inspect shards/ --recipe recipe.toml" in done.stdout and done.stdout.endswith("[]\n")
-    assert min(seconds) < 1.5
+    assert min(seconds) < 1
