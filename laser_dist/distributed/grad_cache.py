@@ -13,6 +13,7 @@ from torch import Tensor
 from laser_dist.batch import PackedBatch, Views
 from laser_dist.chunks import split_rows
 from laser_dist.distributed.engine import Engine
+from laser_dist.distributed.rng import rng_state, set_rng_state
 
 
 class GradCache:
@@ -26,7 +27,7 @@ class GradCache:
     def forward(self, batch: PackedBatch, chunks: int) -> Views:
         """The batch's views, ready for a loss. All ranks must ask for equally many chunks."""
         self.batch = batch
-        self.states: list[list[Tensor]] = []
+        self.states: list[dict[str, Tensor]] = []
         rows = [torch.tensor(chunk) for chunk in split_rows(batch.lengths_R.tolist(), chunks)]
         self.chunks = [chunk.to(batch.lengths_R.device) for chunk in rows]
         if chunks == 1 and not self.always:
@@ -35,7 +36,7 @@ class GradCache:
         parts = []
         with torch.no_grad():
             for chunk in self.chunks:
-                self.states.append(random_state(self.engine.device))
+                self.states.append(rng_state(self.engine.device))
                 parts.append(self.engine(batch.select(chunk)))
         self.views = _join(parts, self.chunks, batch.queries)
         return self.views
@@ -52,7 +53,7 @@ class GradCache:
     def pass_on(self, gradients: list[Tensor | None], *, last: bool = True) -> None:
         """Run the chunks again with these gradients of the fields of their views (None: it has none)."""
         for number, (chunk, state) in enumerate(zip(self.chunks, self.states, strict=True), start=1):
-            set_random_state(state, self.engine.device)
+            set_rng_state(state, self.engine.device)
             views = self.engine(self.batch.select(chunk))
             vectors = views.query_BD
             places = _places(chunk, self.batch.queries)
@@ -87,16 +88,3 @@ def _join(parts: list[Views], chunks: list[Tensor], queries: int) -> Views:
         [part.soft_token_entropy * len(chunk) / rows for part, chunk in zip(parts, chunks, strict=True)]
     )
     return Views(**joined, soft_token_entropy=entropy.sum())  # type: ignore[arg-type]  # queries and passages are there
-
-
-def random_state(device: torch.device) -> list[Tensor]:
-    """State of the generators that a forward draws from: the CPU's, and the device's own."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def set_random_state(states: list[Tensor], device: torch.device) -> None:
-    """Undo what was drawn since `random_state`."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

@@ -13,7 +13,8 @@ from torch import Tensor
 from laser_dist.batch import PackedBatch, Views
 from laser_dist.config import ModelConfig, RunConfig
 from laser_dist.distributed.collectives import Ranks
-from laser_dist.distributed.grad_cache import GradCache, random_state, set_random_state
+from laser_dist.distributed.grad_cache import GradCache
+from laser_dist.distributed.rng import rng_state, set_rng_state
 from laser_dist.errors import UserError
 from laser_dist.guard.dump import Report
 from laser_dist.guard.evidence import WATCHED, MicroBatch, of_loss, of_views, row_lengths
@@ -129,7 +130,7 @@ def run_again(
     retriever: LaserRetriever,
     config: RunConfig,
     report: Report,
-    batches: list[list[tuple[PackedBatch, list[Tensor]]]],
+    batches: list[list[tuple[PackedBatch, dict[str, Tensor]]]],
     device: torch.device,
 ) -> Again:
     """Forward, loss, gradients of vectors and of parameters; `batches` per micro-batch and rank."""
@@ -141,8 +142,8 @@ def run_again(
         caches, micros, views = [], [], []
         for packed, state in packed_batches:
             batch, cache = packed.to(device), GradCache(_Alone(retriever, device), always=True)  # type: ignore[arg-type]
-            if len(state) == len(random_state(device)):  # of another kind of device there is nothing to go on with
-                set_random_state(state, device)
+            if state.keys() == rng_state(device).keys():  # of another kind of device there is nothing to go on with
+                set_rng_state(state, device)
             views.append(cache.forward(batch, report.chunks[number]))
             caches.append(cache)
             micros.append(MicroBatch(batch, report.chunks[number], state))

@@ -131,9 +131,9 @@ def write_dump(
     return f"The batch is in {final}: `laser-dist replay {final}` runs it again in one process"
 
 
-def read_batches(folder: Path, report: Report) -> list[list[tuple[PackedBatch, list[Tensor]]]]:
+def read_batches(folder: Path, report: Report) -> list[list[tuple[PackedBatch, dict[str, Tensor]]]]:
     """Per micro-batch and rank: the batch, and the generators' state before its forward. Raises UserError."""
-    batches: list[list[tuple[PackedBatch, list[Tensor]]]] = [[] for _ in report.chunks]
+    batches: list[list[tuple[PackedBatch, dict[str, Tensor]]]] = [[] for _ in report.chunks]
     for r in range(report.world_size):
         path = folder / f"rank_{r:05d}.safetensors"
         try:
@@ -142,7 +142,7 @@ def read_batches(folder: Path, report: Report) -> list[list[tuple[PackedBatch, l
             raise UserError(f"{path}: cannot be read: {error}; the dump is not whole") from None
         for number, found in enumerate(batches):
             own = {key.partition(".")[2]: x for key, x in tensors.items() if key.startswith(f"{number}.")}
-            state = [own.pop(name) for name in ("random_cpu", "random_cuda") if name in own]
+            state = {name: own.pop(f"random_{name}") for name in ("cpu", "cuda") if f"random_{name}" in own}
             queries = len(report.query_ids[r][number])
             found.append((PackedBatch(**own, queries=queries, query_ids=tuple(report.query_ids[r][number])), state))
     return batches
@@ -178,7 +178,7 @@ def _write_own(staging: Path, micros: list[MicroBatch]) -> str | None:
 
 def _tensors(micro: MicroBatch) -> dict[str, Tensor]:
     batch = {f.name: getattr(micro.batch, f.name) for f in fields(micro.batch)}
-    state = dict(zip(("random_cpu", "random_cuda"), micro.random_state, strict=False))
+    state = {f"random_{name}": value for name, value in micro.random_state.items()}
     return {name: value for name, value in {**batch, **state}.items() if isinstance(value, Tensor)}
 
 

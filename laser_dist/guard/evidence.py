@@ -22,7 +22,7 @@ class MicroBatch:
 
     batch: PackedBatch
     chunks: int
-    random_state: list[Tensor]
+    random_state: dict[str, Tensor]
     """Of the generators before the forward."""
     table: list[dict[str, float]] = field(default_factory=list)
     """What all ranks gathered."""

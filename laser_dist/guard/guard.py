@@ -18,7 +18,7 @@ from laser_dist.data.streaming.loader import TrainingBatch
 from laser_dist.data.streaming.sets import TrainingData
 from laser_dist.distributed.collectives import gather_objects, gather_scalars, gather_table, rank, world_size
 from laser_dist.distributed.engine import Engine, NonFiniteGradient
-from laser_dist.distributed.grad_cache import random_state
+from laser_dist.distributed.rng import rng_state
 from laser_dist.errors import UserError
 from laser_dist.guard import rules
 from laser_dist.guard.dump import Report, write_dump
@@ -58,7 +58,7 @@ class Guard:
     def note(self, loaded: TrainingBatch, batch: PackedBatch, chunks: int) -> None:
         """Keep what a replay needs of a micro-batch, before its forward; `batch` is `loaded`'s on the device."""
         self.loaded, self.number = loaded, len(self.micros)
-        self.micros.append(MicroBatch(batch, chunks, random_state(self.engine.device)))
+        self.micros.append(MicroBatch(batch, chunks, rng_state(self.engine.device)))
 
     def check(self, views: Views, loss: LossTerms) -> dict[str, float]:
         """Compare what all ranks know of this micro-batch; returns this rank's row. Raises UserError on all ranks."""

@@ -1,7 +1,6 @@
 """What ranks the passages for mining: BM25, or any encoder over memory-mapped vectors of the corpus."""
 
 import fcntl
-import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 
 from laser_dist.data.schema import Example, Passage
 from laser_dist.errors import UserError
+from laser_dist.files import sha256
 from laser_dist.reading import read_json, read_object
 from laser_dist.retrieval.collection import Corpus
 
@@ -185,12 +185,11 @@ def corpus_vectors(encoder: Any, folder: str, corpus: Path, out: Path) -> np.nda
             encode_corpus(encoder, corpus, out, weights=weights)
     ids, vectors = load_vectors(out)
     manifest = read_object(out / "manifest.json")
-    with corpus.open("rb") as file:
-        expected = {
-            "corpus": hashlib.file_digest(file, "sha256").hexdigest(),
-            "model": json.loads(json.dumps(encoder.description())),
-            "weights": weights,
-        }
+    expected = {
+        "corpus": sha256(corpus),
+        "model": json.loads(json.dumps(encoder.description())),
+        "weights": weights,
+    }
     found = {"corpus": manifest["corpus"]["sha256"], "model": manifest["encoder"], "weights": manifest["weights"]}
     if different := [name for name, value in expected.items() if found[name] != value]:
         raise UserError(f"{out}: these vectors are of another {' and '.join(different)}: give another --vectors folder")

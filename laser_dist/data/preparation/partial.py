@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from laser_dist.data.manifest import MANIFEST, Manifest, Shard, encode_manifest
 from laser_dist.errors import UserError
-from laser_dist.files import sync_folder
+from laser_dist.files import sha256, sync_folder
 
 SKIPPED = "skipped.jsonl"  # rows left out, and why
 SEEN = "seen"  # in the state folder; all other appended files are published
@@ -227,7 +227,6 @@ def _write_synced(file: IO[bytes], content: bytes) -> None:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError:
         return ""

@@ -16,6 +16,7 @@ from laser_dist.data.schema import Example, parse_example
 from laser_dist.data.sources.chunks import Chunk, line_chunks, parquet_chunks, to_arrow
 from laser_dist.data.sources.layouts import RowForm
 from laser_dist.errors import UserError
+from laser_dist.files import sha256
 
 FORMS = (
     "a .jsonl (.gz, .zst) or .parquet file, a folder of such files, a folder written by save_to_disk, "
@@ -155,8 +156,7 @@ def hash_files(files: Iterable[Path]) -> str:
     lines = []
     for path in files:
         try:
-            with path.open("rb") as file:
-                lines.append((hashlib.file_digest(file, "sha256").hexdigest(), path.name))
+            lines.append((sha256(path), path.name))
         except OSError as error:
             raise UserError(f"source {path} cannot be read: {error.strerror}") from error
     if len(lines) == 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_dist.errors import UserError
+from laser_dist.files import sha256
 from laser_dist.reading import read_object
 from laser_dist.retrieval.card import RetrieverCard
 from laser_dist.retrieval.encode import weights_hash
@@ -61,8 +62,7 @@ def check_same_vectors(folder: Path, queries: Path) -> None:
 def check_same_corpus(folder: Path, ids: Sequence[str], corpus: Path, corpus_ids: Sequence[str]) -> None:
     """UserError unless row i of the vectors is line i of the corpus file, as it is now."""
     hashed = read_manifest(folder)["corpus"]["sha256"]
-    with corpus.open("rb") as file:
-        same = hashlib.file_digest(file, "sha256").hexdigest() == hashed
+    same = sha256(corpus) == hashed
     if not same or len(ids) != len(corpus_ids) or any(a != b for a, b in zip(ids, corpus_ids, strict=True)):
         raise UserError(f"{folder} holds the vectors of another corpus than {corpus}: give that one, or encode again")
 
