@@ -11,6 +11,7 @@ environment differs in more than the variables in `LATE` the plain way.
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
@@ -212,6 +213,7 @@ def _run(
 ) -> None:
     import torch
 
+    gc.freeze()  # what is here already is here to stay: to look through it again and again takes as long as a test
     os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the process that forked it
