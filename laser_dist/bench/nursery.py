@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from laser_dist.errors import UserError
 from laser_dist.launch.ranks import free_port
-from laser_dist.testing.forked import end, fork, lines, rank_environment, ready, start
+from laser_dist.testing.forked import end, fork, lines, rank_environment, start
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,8 @@ def _serve(module: str, arguments: str) -> int:
     """What that process runs: results go to the real stdout, one JSON object a line; libraries have none."""
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    ready()
+    import laser_dist.testing.imported  # noqa: F401, what forks need not import again
+
     try:
         for result in importlib.import_module(module).run_trials(**json.loads(arguments)):
             results.write(json.dumps(result) + "\n")

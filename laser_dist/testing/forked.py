@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
-import importlib
 import multiprocessing
 import os
 import signal
@@ -36,10 +35,8 @@ LATE = (
 PATIENCE = 30.0
 """Seconds between the SIGTERM and the SIGKILL that DeepSpeed's launcher sends to the ranks that are left."""
 
-# What DeepSpeed imports when it makes an optimizer (torch.compile and all that it needs) is half of the seconds.
-_IMPORTED = ("laser_dist.trainer", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard")
 _server, _copies = multiprocessing.get_context("forkserver"), multiprocessing.get_context("fork")
-_server.set_forkserver_preload(list(_IMPORTED))
+_server.set_forkserver_preload(["laser_dist.testing.imported"])
 _environment = dict(os.environ)
 
 
@@ -100,18 +97,10 @@ def _imported_alike(env: Mapping[str, str]) -> bool:
 def fork(call: Callable[..., Any], *arguments: Any, env: Mapping[str, str], output: int) -> Process:
     """`sys.exit(call(*arguments))` in a copy of this process with this environment; it prints into a file that is open.
 
-    Of several threads the copy would have one, and locks that the others held; `ready` before makes copies cheap.
+    Of several threads the copy would have one, and locks that the others held. Copies of a process that has imported
+    laser_dist.testing.imported need not.
     """
     return _Forked(_copies, call, arguments, dict(env), output, output)
-
-
-def ready() -> None:
-    """Import what the server has imported, for copies of a process that was not forked from it."""
-    from laser_dist.observability.console import quiet_libraries
-
-    quiet_libraries()
-    for name in _IMPORTED:
-        importlib.import_module(name)
 
 
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -26,7 +26,8 @@ def start(arguments: list[str], environment: dict[str, str], output: Path) -> fo
 
 
 def _supervise(*arguments: str) -> int:
-    forked.ready()
+    import laser_dist.testing.imported  # noqa: F401, what forks need not import again
+
     launch.Attempt = WarmAttempt  # type: ignore[misc]
     return run("laser_dist.launch.launch", list(arguments))
 
