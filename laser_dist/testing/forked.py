@@ -28,7 +28,15 @@ from laser_dist.launch.ranks import free_port
 
 LATE = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"),
-    *("LASER_DIST_", "PYTEST_", "PYTHONPATH", "PYTHONFAULTHANDLER", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
+    *(
+        "LASER_DIST_",
+        "PYTEST_",
+        "SLURM_",
+        "PYTHONPATH",
+        "PYTHONFAULTHANDLER",
+        "OMP_NUM_THREADS",
+        "TOKENIZERS_PARALLELISM",
+    ),
     *("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"),  # torch sets them for itself
 )
 """Names of variables, or their beginnings, that nothing reads while it is imported, or that are seen to below."""
@@ -167,28 +175,33 @@ def lines(process: Process, output: Path, timeout: float = float("inf")) -> Iter
 def run_command(
     *arguments: object, env: Mapping[str, str] | None = None, timeout: float = 300, ranks: int = 0
 ) -> "subprocess.CompletedProcess[str]":
-    """`laser-dist ARGUMENTS` in a process of its own, with variables added to this environment, or on ranks.
+    """`laser-dist ARGUMENTS` in a process, or one for each rank, with variables added to this environment.
 
-    After `timeout` seconds it is killed, and subprocess.TimeoutExpired raised. With ranks it is like
-    `deepspeed --module`, without its launcher.
+    After `timeout` seconds all are killed, and subprocess.TimeoutExpired raised.
     """
-    words, port = [str(argument) for argument in arguments], free_port()
     with tempfile.TemporaryDirectory(prefix="run-command-") as folder:
         output, errors = Path(folder, "output"), Path(folder, "errors")
-        own = [rank_environment(rank, ranks, port) for rank in range(ranks)] or [{}]
-        started = [
-            start(_command, *words, env={**os.environ, **(env or {}), **place}, output=output, errors=errors)
-            for place in own
-        ]
+        started = start_command(*arguments, env=env, ranks=ranks, output=output, errors=errors)
         code: int | None = None
         with contextlib.suppress(TimeoutError):
             code = launched(started, timeout)
         for process in started:
             end(process)
         told, complained = (path.read_text(errors="replace") for path in (output, errors))
+    words = list(map(str, arguments))
     if code is None:
         raise subprocess.TimeoutExpired(words, timeout, told, complained)
     return subprocess.CompletedProcess(words, code, told, complained)
+
+
+def start_command(
+    *arguments: object, env: Mapping[str, str] | None = None, ranks: int = 0, output: Path, errors: Path | None = None
+) -> list[Process]:
+    """As `run_command`, without waiting. Ranks are started as by `deepspeed --module`: see `launched`."""
+    words, port = list(map(str, arguments)), free_port()
+    own = [rank_environment(rank, ranks, port) for rank in range(ranks)] or [{}]
+    shared = {**os.environ, **(env or {})}
+    return [start(_command, *words, env=shared | place, output=output, errors=errors) for place in own]
 
 
 def _command(*words: str) -> int:
