@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from laser_dist.testing.commands import run_command, run_commands, start_command
 from laser_dist.testing.distributed import RankFailed, run_distributed
-from laser_dist.testing.forked import run_command, start_command
 from laser_dist.testing.tiny import tiny_model_folder
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ __all__ = [
     "RankFailed",
     "assert_close_relative",
     "run_command",
+    "run_commands",
     "run_distributed",
     "start_command",
     "tiny_model_folder",

@@ -17,14 +17,11 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
-
-from laser_dist.launch.ranks import free_port
 
 LATE = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"),
@@ -59,6 +56,12 @@ class Process(Protocol):
     def wait(self) -> int:
         """Wait until it has ended; its exit code."""
 
+    def terminate(self) -> None:
+        """SIGTERM."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
 
 class _Forked:
     def __init__(self, context: Any, *arguments: Any):
@@ -72,6 +75,12 @@ class _Forked:
     def wait(self) -> int:
         self.process.join()
         return self.process.exitcode
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+    def kill(self) -> None:
+        self.process.kill()
 
 
 def start(
@@ -130,21 +139,16 @@ def launched(ranks: list[Process], timeout: float = float("inf")) -> int:
         codes, now = [rank.poll() for rank in ranks], time.monotonic()
         left = [rank for rank, code in zip(ranks, codes, strict=True) if code is None]
         if not first and (first := next((code for code in codes if code), 0)):
-            _send(left, signal.SIGTERM)
             kill_at = now + PATIENCE
+            for rank in left:
+                rank.terminate()
         if not left:
             return first
         if now > give_up:
             raise TimeoutError(f"{len(left)} of {len(ranks)} processes still ran after {timeout:g} s")
-        if now > kill_at:
-            _send(left, signal.SIGKILL)
+        for rank in left if now > kill_at else ():
+            rank.kill()
         time.sleep(0.02)
-
-
-def _send(ranks: Iterable[Process], number: int) -> None:
-    for rank in ranks:
-        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-            os.kill(rank.pid, number)
 
 
 def end(process: Process) -> None:
@@ -170,44 +174,6 @@ def lines(process: Process, output: Path, timeout: float = float("inf")) -> Iter
                 time.sleep(0.01)
     if part:
         yield part.decode(errors="replace")
-
-
-def run_command(
-    *arguments: object, env: Mapping[str, str] | None = None, timeout: float = 300, ranks: int = 0
-) -> "subprocess.CompletedProcess[str]":
-    """`laser-dist ARGUMENTS` in a process, or one for each rank, with variables added to this environment.
-
-    After `timeout` seconds all are killed, and subprocess.TimeoutExpired raised.
-    """
-    with tempfile.TemporaryDirectory(prefix="run-command-") as folder:
-        output, errors = Path(folder, "output"), Path(folder, "errors")
-        started = start_command(*arguments, env=env, ranks=ranks, output=output, errors=errors)
-        code: int | None = None
-        with contextlib.suppress(TimeoutError):
-            code = launched(started, timeout)
-        for process in started:
-            end(process)
-        told, complained = (path.read_text(errors="replace") for path in (output, errors))
-    words = list(map(str, arguments))
-    if code is None:
-        raise subprocess.TimeoutExpired(words, timeout, told, complained)
-    return subprocess.CompletedProcess(words, code, told, complained)
-
-
-def start_command(
-    *arguments: object, env: Mapping[str, str] | None = None, ranks: int = 0, output: Path, errors: Path | None = None
-) -> list[Process]:
-    """As `run_command`, without waiting. Ranks are started as by `deepspeed --module`: see `launched`."""
-    words, port = list(map(str, arguments)), free_port()
-    own = [rank_environment(rank, ranks, port) for rank in range(ranks)] or [{}]
-    shared = {**os.environ, **(env or {})}
-    return [start(_command, *words, env=shared | place, output=output, errors=errors) for place in own]
-
-
-def _command(*words: str) -> int:
-    from laser_dist.cli import main
-
-    return main(list(words))
 
 
 def _run(
