@@ -90,17 +90,13 @@ def prepare(root: Path) -> None:
 
 def run_trials(root: str, kills: int, ranks: int, stage: int, seed: int) -> Iterator[dict[str, Any]]:
     """In a process that forks (see `nursery`): one dict per kill. UserError: a comparison failed."""
-    from laser_dist.observability.console import quiet_libraries
-
-    quiet_libraries()
-    import laser_dist.trainer  # noqa: F401
     from laser_dist.bench.nursery import run_ranks
     from laser_dist.testing import tiny_model_folder
 
     folder, rng = Path(root), random.Random(seed)
     tiny_model_folder(folder / "model", tied=True)
     life = Life(folder, "whole", stage)
-    codes, output = run_ranks(life.run, ranks, learn=True)
+    codes, output = run_ranks(life.run, ranks)
     if any(codes):
         raise UserError(f"the whole run failed: {output[-2000:]}")
     whole = life.records(ranks)

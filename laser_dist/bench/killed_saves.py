@@ -101,7 +101,7 @@ def run_trials(root: str, kills: int, ranks: int, stage: int, seed: int) -> Iter
     rng = random.Random(seed)
     trial = Trial(folder, ranks, stage, "none", 0, 0, 0)
     # Nobody is killed: in how many calls a checkpoint is saved, how long it takes, and how large its files are.
-    trial.check(*run_ranks(trial.run, ranks, learn=True))
+    trial.check(*run_ranks(trial.run, ranks))
     measured = trial.measured()
     for number in range(kills):
         how, victim = HOW[number % len(HOW)], rng.choice([*range(ranks), -1])

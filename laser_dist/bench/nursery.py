@@ -1,19 +1,15 @@
 """Ranks that are killed many times over: forked from one process that has imported everything, they start at once.
 
-`trials` runs a module's `run_trials` in such a process: of its own, because one that has started threads must not fork.
+`trials` runs a module's `run_trials` in such a process: of its own, because one that has threads must not fork.
 """
 
-import contextlib
 import hashlib
 import importlib
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from laser_dist.errors import UserError
 from laser_dist.launch.ranks import free_port
+from laser_dist.testing.forked import end, fork, lines, rank_environment, start
 
 if TYPE_CHECKING:
     import torch
@@ -57,84 +54,70 @@ class Trials:
 def trials(module: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What `module.run_trials(**arguments)` yields, one by one. UserError if it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-c", "from laser_dist.bench.nursery import _serve; _serve()", module]
-    told = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up
-    process = subprocess.Popen(
-        [*command, json.dumps(arguments)], env=environment, stdout=subprocess.PIPE, stderr=told, text=True
-    )
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            yield json.loads(line)
-        if process.wait():
-            told.seek(0)
-            lines = told.read().strip().splitlines() or [f"the trials ended with {process.returncode}"]
-            raise UserError("\n".join(lines[-10:]))
-    finally:
-        process.kill()
-        process.wait()
-        told.close()
+    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryDirectory(prefix="laser-dist-trials-") as folder:
+        output, errors = Path(folder, "results"), Path(folder, "errors")
+        process = start(_serve, module, json.dumps(arguments), env=environment, output=output, errors=errors)
+        try:
+            yield from map(json.loads, lines(process, output))
+            if code := process.wait():
+                told = errors.read_text(errors="replace").strip().splitlines() or [f"the trials ended with {code}"]
+                raise UserError("\n".join(told[-10:]))
+        finally:
+            end(process)
 
 
-def _serve() -> None:
+def _serve(module: str, arguments: str) -> int:
     """What that process runs: results go to the real stdout, one JSON object a line; libraries have none."""
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    module = importlib.import_module(sys.argv[1])
+    import laser_dist.testing.imported  # noqa: F401, what forks need not import again
+
     try:
-        for result in module.run_trials(**json.loads(sys.argv[2])):
+        for result in importlib.import_module(module).run_trials(**json.loads(arguments)):
             results.write(json.dumps(result) + "\n")
             results.flush()
     except UserError as error:
         sys.exit(str(error))
+    return 0
 
 
-def run_ranks(work: Callable[[int], None], ranks: int, *, learn: bool = False) -> tuple[list[int], str]:
+def run_ranks(work: Callable[[int], None], ranks: int) -> tuple[list[int], str]:
     """Fork ranks that call `work(rank)` and wait for their end: exit codes, negative for a signal, and their output.
 
-    When one is killed, the others follow. RuntimeError for a hang. `learn`: import afterwards what rank 0 has imported,
-    so that later ranks need not.
+    When one is killed, the others follow. RuntimeError for a hang.
     """
-    if learn:
-        with tempfile.NamedTemporaryFile("r") as file:
-            ended = run_ranks(lambda rank: _noting_imports(work, rank, file.name), ranks)
-            for name in file.read().split():
-                with contextlib.suppress(Exception):  # some cannot be had alone
-                    importlib.import_module(name)
-        return ended
     port, (reading, writing) = free_port(), os.pipe()  # a pipe: limits on the size of files do not hold for it
     os.set_blocking(reading, False)
-    pids = {_fork(work, rank, ranks, port, writing): rank for rank in range(ranks)}
+    environments = [{**os.environ, **rank_environment(rank, ranks, port)} for rank in range(ranks)]
+    forks = [fork(_rank, work, rank, env=environments[rank], output=writing) for rank in range(ranks)]
     os.close(writing)
-    codes: dict[int, int] = {}
-    output = b""
-    began, killed_at = time.monotonic(), None
-    while pids:
+    output, began, killed_at = b"", time.monotonic(), float("inf")
+    while None in (codes := [process.poll() for process in forks]):
         output = (output + _read(reading))[-10_000:]
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            code = codes[pids.pop(pid)] = os.waitstatus_to_exitcode(status)
-            killed_at = killed_at or (time.monotonic() if code < 0 else None)
-            continue
         now = time.monotonic()
+        if killed_at > now and any(code is not None and code < 0 for code in codes):
+            killed_at = now
         hangs = now - began > LIMIT
-        if hangs or (killed_at and now - killed_at > GRACE):
-            for other in pids:
-                os.kill(other, signal.SIGKILL)
+        if hangs or now - killed_at > GRACE:
+            for process in forks:
+                end(process)
         if hangs:
-            raise RuntimeError(f"ranks {sorted(pids.values())} hang: {output[-2000:]!r}")
+            left = [rank for rank, code in enumerate(codes) if code is None]
+            raise RuntimeError(f"ranks {left} hang: {output[-2000:]!r}")
         time.sleep(0.01)
     output += _read(reading)
     os.close(reading)
-    return [codes[rank] for rank in range(ranks)], output.decode(errors="replace")
+    return [code for code in codes if code is not None], output.decode(errors="replace")
 
 
-def _noting_imports(work: Callable[[int], None], rank: int, file: str) -> None:
-    work(rank)
-    if rank == 0:
-        with open(file, "w") as names:
-            names.write("\n".join(sorted(sys.modules)))
+def _rank(work: Callable[[int], None], rank: int) -> int:
+    try:
+        work(rank)
+    except UserError as error:
+        print(f"rank {rank}: {error}", flush=True)
+        return 2
+    return 0
 
 
 def _read(pipe: int) -> bytes:
@@ -142,28 +125,6 @@ def _read(pipe: int) -> bytes:
         return os.read(pipe, 1 << 16)
     except BlockingIOError:
         return b""
-
-
-def _fork(work: Callable[[int], None], rank: int, ranks: int, port: int, output: int) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1")
-        os.environ.update(MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(ranks))
-        work(rank)
-        code = 0
-    except UserError as error:
-        print(f"rank {rank}: {error}", flush=True)
-        code = 2
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)  # nothing of the parent's is run in the child
 
 
 def digest(engine: "Engine") -> str:

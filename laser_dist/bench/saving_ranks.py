@@ -22,11 +22,7 @@ CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncat
 
 
 def prepare(folder: Path) -> None:
-    """Everything that ranks need and that takes long: imports, a model."""
-    from laser_dist.observability.console import quiet_libraries
-
-    quiet_libraries()
-    import laser_dist.distributed.engine  # noqa: F401
+    """What ranks start from."""
     from laser_dist.testing import tiny_model_folder
 
     tiny_model_folder(folder / "model", tied=False, layers=1)

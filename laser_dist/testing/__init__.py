@@ -2,14 +2,22 @@
 
 from typing import TYPE_CHECKING
 
+from laser_dist.testing.commands import run_command, run_commands, start_command
 from laser_dist.testing.distributed import RankFailed, run_distributed
-from laser_dist.testing.forked import run_command
 from laser_dist.testing.tiny import tiny_model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["RankFailed", "assert_close_relative", "run_command", "run_distributed", "tiny_model_folder"]
+__all__ = [
+    "RankFailed",
+    "assert_close_relative",
+    "run_command",
+    "run_commands",
+    "run_distributed",
+    "start_command",
+    "tiny_model_folder",
+]
 
 
 def assert_close_relative(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_dist.launch.ranks import free_port
-from laser_dist.testing.forked import Process, start
+from laser_dist.testing.forked import Process, end, rank_environment, start
 
 _LINES_SHOWN = 40
 _INSIDE = "LASER_DIST_INSIDE_RUN_DISTRIBUTED"
@@ -66,7 +66,7 @@ def run_distributed(
             _wait(ranks, folder, timeout)
         finally:
             for process in ranks:
-                _kill(process)
+                end(process)
         for rank in range(world_size):
             sys.stdout.write(_output(folder, rank))  # pytest shows it when the test fails
         return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world_size)]
@@ -75,21 +75,14 @@ def run_distributed(
 def _start(rank: int, world_size: int, folder: Path, port: int, extra: dict[str, str]) -> Process:
     # The parent's path, so that the child finds the modules that the parent has found.
     path = [p for p in sys.path if p]
-    env = os.environ | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+    own = {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(path),
         _INSIDE: "1",
         "PYTHONFAULTHANDLER": "1",  # a stack for a crash, and for a hang (see _wait)
     }
-    if sys.platform == "linux":
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve where tests run
-    return start(_child, str(folder), env=env | extra, output=folder / f"output-{rank}")
+    env = {**os.environ, **rank_environment(rank, world_size, port), **own, **extra}
+    return start(_child, str(folder), env=env, output=folder / f"output-{rank}")
 
 
 def _child(name: str) -> None:
@@ -179,11 +172,3 @@ def _raise(codes: list[int | None], folder: Path) -> None:
 def _output(folder: Path, rank: int, last: int = 0) -> str:
     lines = (folder / f"output-{rank}").read_text(errors="replace").splitlines()
     return "".join(f"[rank {rank}] {line}\n" for line in lines[-last:])
-
-
-def _kill(process: Process) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it and all that it started have ended
-        pass
-    process.wait()

@@ -1,16 +1,21 @@
 """The benchmark of a large corpus, in small: killed, continued on two ranks, compared, searched."""
 
 import json
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 
 from laser_dist.bench import corpus
 from laser_dist.bench.corpus import FILES, Settings, main, measure
 from laser_dist.errors import UserError
+from laser_dist.testing.commands import popen
 
 
-@pytest.mark.long
-def test_killed_and_continued(tmp_path, capsys):
+def test_killed_and_continued(tmp_path, capsys, monkeypatch):
+    """Encoded by forked processes, whose peak is also that of what they were forked from."""
+    forked = SimpleNamespace(Popen=popen, run=subprocess.run, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(corpus, "subprocess", forked)
     out = tmp_path / "corpus.json"
     flags = ["--passages", "1500", "--chunk", "64", "--kills", "1", "--queries", "20", "--scratch", str(tmp_path)]
     assert main([*flags, "--out", str(out)]) == 0

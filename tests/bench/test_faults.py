@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,17 +37,12 @@ def test_a_row_that_ended_otherwise_is_told() -> None:
     assert "| a | b | c | recovered | right | 0.2 | 3.0 |  |" in table and "| exit code 1 |" in table
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_real_runs_recover_and_name_the_rank(tmp_path: Path) -> None:
-    """Whole runs under the supervisor: the restarted ones end with the weights of one that nothing struck.
-
-    In a process of its own: ranks are forked from it, which autograd forbids once it has run.
-    """
-    rows = ["killed | backward", "stopped | backward"]
-    command = [sys.executable, "-m", "laser_dist.cli", "bench", "faults", "--only", *rows, "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    """Whole runs under the supervisor: the restarted ones end with the weights of one that nothing struck."""
+    main(["bench", "faults", "--only", "killed | backward", "stopped | backward", "--out", str(tmp_path)])
     ended = json.loads((tmp_path / "faults.json").read_text())["rows"]
-    assert [end["verdict"]["kind"] for end in ended] == ["died", "stopped"], done.stdout + done.stderr
+    assert [end["verdict"]["kind"] for end in ended] == ["died", "stopped"]
     late = ("known after", "gone ")  # how soon is for the benchmark, on a machine that does nothing else
     for end in ended:
         assert [problem for problem in end["problems"] if not problem.startswith(late)] == [], end["output"][-30:]

@@ -5,7 +5,6 @@ import pytest
 from laser_dist.cli import main
 
 
-@pytest.mark.long
 def test_rounds_with_and_without_the_guard_are_measured(tmp_path, capsys):
     out = tmp_path / "guard.json"
     flags = ("--no-anomalies", "--clean", "0", "--rounds", "1", "--steps", "2")
@@ -14,7 +13,6 @@ def test_rounds_with_and_without_the_guard_are_measured(tmp_path, capsys):
     assert "of a step's CPU time" in capsys.readouterr().out
 
 
-@pytest.mark.long
 def test_clean_steps_are_counted(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("laser_dist.bench.guard.VARIANTS", (("short", 1.0, 1, ()),))
     assert main(["bench", "guard", "--no-anomalies", "--clean", "5", "--rounds", "0"]) == 0

@@ -25,7 +25,7 @@ import tyro
 
 from laser_dist import cli
 from laser_dist.data import sample_folder
-from laser_dist.testing import tiny_model_folder
+from laser_dist.testing import run_commands, tiny_model_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -192,51 +192,13 @@ def test_what_is_run_is_documented(documented) -> None:
     assert not gone
 
 
-@pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_commands_do_what_they_say(stocked: Path) -> None:
     """From rows to an explained query, in one folder, with the commands of the documentation."""
-    wrong = []
-    # One process for all but training, which makes a process group: importing torch takes longer than they do.
-    groups: list[list[str]] = [[]]
-    for line in RUN:
-        is_train = line.startswith("laser-dist train")
-        groups += [[line], []] if is_train else []
-        groups[-1] += [] if is_train else [line]
-    for group in filter(None, groups):
-        wrong += _give(group, stocked)
-    assert not wrong, "\n\n".join(wrong)
+    commands = [[*shlex.split(line)[1:], *shlex.split(PLUS.get(line.split()[1], ""))] for line in RUN]
+    for done in run_commands(commands, cwd=stocked, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}):
+        # The doctor may find something wrong with the machine that the tests run on.
+        right = (0, 1) if done.args[0] == "doctor" else (0,)
+        assert done.returncode in right, f"{shlex.join(done.args)}\n{done.stdout[-1500:]}{done.stderr[-1500:]}"
     for name in ("runs/first/run.html", "plan/recipe.toml", "results.json", "model/config.json", "run.trec"):
         assert (stocked / name).stat().st_size > 0, name
-
-
-_DRIVER = """
-import json, sys
-from laser_dist.cli import main
-for words in json.loads(sys.argv[1]):
-    try:
-        code = main(words)
-    except SystemExit as stop:
-        code = stop.code
-    print("DONE", json.dumps([words, code]), file=sys.stderr, flush=True)
-"""
-
-
-def _give(lines: list[str], place: Path) -> list[str]:
-    """Give these commands in one process; what each said that failed."""
-    commands = [[*shlex.split(line)[1:], *shlex.split(PLUS.get(line.split()[1], ""))] for line in lines]
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    done = subprocess.run(
-        [sys.executable, "-c", _DRIVER, json.dumps(commands)],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    ended = [json.loads(line[5:]) for line in done.stderr.splitlines() if line.startswith("DONE ")]
-    # The doctor may find something wrong with the machine that the tests run on.
-    wrong = [f"{shlex.join(w)} ended with {code}" for w, code in ended if code not in (0, *[1] * (w[0] == "doctor"))]
-    if len(ended) < len(commands):
-        wrong.append(f"{shlex.join(commands[len(ended)])} did not end")
-    return [text + f"\n{done.stdout[-1500:]}{done.stderr[-1500:]}" for text in wrong]

@@ -17,10 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from laser_dist import LaserEncoder
 from laser_dist.data import sample_folder
+from laser_dist.launch.ranks import free_port
 from laser_dist.objective.alignment import STEP_TERMS
 from laser_dist.observability.metrics import SCALARS
 from laser_dist.run_page.read import read_run
-from laser_dist.testing import run_command, run_distributed, tiny_model_folder
+from laser_dist.testing import run_command, run_distributed, start_command, tiny_model_folder
+from laser_dist.testing.forked import end, launched
 
 STEPS = 6
 TEXTS = ["why does ice float", "a drop on a hot pan skates about", "x"]
@@ -73,30 +75,10 @@ every = 2
     return root
 
 
-def run(
-    *arguments: object, ranks: int = 0, check: bool = True, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess:
-    """`laser-dist ARGUMENTS`, or the deepspeed launcher on the module of the command."""
-    variables = {"OMP_NUM_THREADS": "1", **(env or {})}
-    if ranks:
-        environment = {**os.environ, **variables}
-        result = subprocess.run(
-            command(*arguments, ranks=ranks), env=environment, capture_output=True, text=True, timeout=300
-        )
-    else:
-        result = run_command(*arguments, env=variables)
-    if check:
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+def run(*arguments: object, ranks: int = 0, check: bool = True, env: dict[str, str] | None = None):
+    result = run_command(*arguments, ranks=ranks, env={"OMP_NUM_THREADS": "1", **(env or {})})
+    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result
-
-
-def command(*arguments: object, ranks: int = 0) -> list[str]:
-    name, *rest = map(str, arguments)
-    if not ranks:
-        return [sys.executable, "-m", "laser_dist.cli", name, *rest]
-    port = 20000 + os.getpid() % 20000
-    launcher = ["deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", str(port)]
-    return [sys.executable, "-m", *launcher, "--module", f"laser_dist.{name}", *rest]
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -109,33 +91,42 @@ def rows(folder: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_exactly(setting: Path, tmp_path: Path) -> None:
-    """Parameters after the last step equal the uninterrupted run's bit for bit; no step is logged twice."""
-    recipe = setting / "recipe.toml"
+    """Parameters after the last step equal the uninterrupted run's bit for bit; no step is logged twice.
+
+    The end is trained as users do it, with launchers/train.sh, the supervisor and DeepSpeed's launcher.
+    """
+    recipe, killed = setting / "recipe.toml", tmp_path / "killed"
     run("train", recipe, "--output", tmp_path / "whole", ranks=2)
 
-    process = subprocess.Popen(
-        command("train", recipe, "--output", tmp_path / "killed", ranks=2),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    wait_for(lambda: (tmp_path / "killed/checkpoints/step-000004/manifest.json").is_file())
-    os.killpg(process.pid, signal.SIGKILL)
-    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "killed")], check=False)
-    process.wait()
+    ranks = start_command("train", recipe, "--output", killed, ranks=2, output=tmp_path / "log")
+    wait_for((killed / "checkpoints/step-000004/manifest.json").is_file)
+    for rank in ranks:
+        end(rank)
 
-    run("train", recipe, "--output", tmp_path / "killed", "--resume", ranks=2)
+    # A checkout whose .venv is the one that these tests run in.
+    (tmp_path / "launchers").mkdir()
+    shutil.copy(Path(__file__).parents[2] / "launchers/train.sh", tmp_path / "launchers")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    options = ["--num_accelerators", "2", "--master_port", str(free_port())]
+    resumed = subprocess.run(
+        [tmp_path / "launchers/train.sh", *options, recipe, "--output", killed, "--resume"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
+    assert "launch: attempt 1 of 1 finished" in resumed.stderr
     expected, actual = weights(tmp_path / "whole", STEPS), weights(tmp_path / "killed", STEPS)
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
     losses = [[row["loss/total"] for row in rows(tmp_path / name)] for name in ("whole", "killed")]
     assert len(losses[0]) == STEPS and losses[0] == losses[1]
-    ledger = read_run(tmp_path / "killed").account
+    ledger = read_run(killed).account
     assert ledger is not None and [attempt.how for attempt in ledger.attempts] == ["no end", "finished"]
     assert abs(ledger.unaccounted) <= 0.01 * ledger.wall and min(ledger.parts.values()) >= 0
     assert all(ledger.parts[part] > 0 for part in ("train", "start", "save", "restart"))
-    assert (tmp_path / "killed/run.html").stat().st_size > 10_000
+    assert (killed / "run.html").stat().st_size > 10_000
 
 
 def wait_for(condition, seconds: float = 120) -> None:
@@ -221,18 +212,10 @@ def test_a_damaged_checkpoint_is_skipped_with_a_reason(setting: Path, tmp_path: 
 def test_a_signal_saves_and_stops(setting: Path, tmp_path: Path, whole_group: bool) -> None:
     """Schedulers signal every process: a loader that died of it once took the rank along before it could save."""
     flags = ("--output", tmp_path / "run", "--train.max-steps", 500, "--checkpoint.every", 0)
-    process = subprocess.Popen(
-        command("train", setting / "recipe.toml", *flags),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    wait_for(lambda: (tmp_path / "run/metrics.jsonl").is_file())
-    if whole_group:
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75
+    [process] = start_command("train", setting / "recipe.toml", *flags, output=tmp_path / "log")
+    wait_for((tmp_path / "run/metrics.jsonl").is_file)
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
+    assert launched([process], 60) == 75
     assert (tmp_path / "run/checkpoints/latest").is_file()
 
 
@@ -244,15 +227,21 @@ def test_a_step_launched_by_another_scheduler_without_ranks_is_refused(setting: 
 
 
 def test_a_weight_that_is_not_a_number_stops_the_run_before_the_update(setting: Path, tmp_path: Path) -> None:
-    """The message names step, term, rank and queries; nothing is saved after it."""
+    """The message names step, term, rank and queries; nothing is saved after it. With DeepSpeed's own launcher."""
     broken = tmp_path / "model"
-    subprocess.run(["cp", "-r", str(setting / "model"), str(broken)], check=True)
+    shutil.copytree(setting / "model", broken)
     state = load_file(broken / "model.safetensors")
     state["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
-    result = run(
-        "train", setting / "recipe.toml", "--model.name", broken, "--output", tmp_path / "run", ranks=2, check=False
-    )
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port())]
+    result = subprocess.run(
+        [sys.executable, *launcher, "--module", "laser_dist.train", setting / "recipe.toml",
+         "--model.name", broken, "--output", tmp_path / "run"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )  # fmt: skip
     assert result.returncode != 0
     message = result.stdout + result.stderr
     for part in (

@@ -1,10 +1,8 @@
 """Whole runs of a tiny model over data that comes from a failing server, is damaged, or goes on in other batches."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,20 +45,7 @@ every = 2
 
 
 def laser_dist(*arguments: object, ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:
-    variables = {"OMP_NUM_THREADS": "1"}
-    if ranks:
-        name, *rest = map(str, arguments)
-        port = str(20000 + os.getpid() % 20000)
-        launcher = ["deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", port]
-        result = subprocess.run(
-            [sys.executable, "-m", *launcher, "--module", f"laser_dist.{name}", *rest],
-            env={**os.environ, **variables},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    else:
-        result = run_command(*arguments, env=variables)
+    result = run_command(*arguments, ranks=ranks, env={"OMP_NUM_THREADS": "1"})
     assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result
 

@@ -15,7 +15,7 @@ from laser_dist.errors import UserError
 from laser_dist.launch import outcome
 from laser_dist.launch.environment import write_environment
 from laser_dist.redaction import check_address, find_secret, hide, shown
-from laser_dist.testing import tiny_model_folder
+from laser_dist.testing import run_commands, tiny_model_folder
 from laser_dist.testing.faulty_server import FaultyServer
 
 ENVIRONMENT = {
@@ -49,15 +49,18 @@ def leaked_files(folder: Path) -> list[tuple[str, list[str]]]:
     return [(name, secrets) for name, secrets in found if secrets]
 
 
+def planted_environment() -> dict[str, str]:
+    proxy = {"HTTP_PROXY": f"http://me:{PROXY}@127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    return {**ENVIRONMENT, **proxy, "HF_HUB_OFFLINE": "1"}
+
+
 def run(folder: Path, *arguments: object, module: str = "laser_dist.cli") -> tuple[int, bytes]:
     """Exit code and all output of a command with the secrets in its environment."""
-    env = os.environ | ENVIRONMENT
-    env |= {"HTTP_PROXY": f"http://me:{PROXY}@127.0.0.1:9", "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(
         command,
         cwd=folder,
-        env=env,
+        env=os.environ | planted_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -237,7 +240,6 @@ def test_texts_may_hold_addresses():
     replace(config, text=text)._refuse_secrets()
 
 
-@pytest.mark.long
 def test_a_whole_run_leaks_nothing(tmp_path):
     """prepare, two steps of training, export and evaluation, all with the secrets in the environment."""
     work = tmp_path / "work"
@@ -256,15 +258,15 @@ def test_a_whole_run_leaks_nothing(tmp_path):
     files = ("--corpus", "corpus.jsonl", "--queries", "queries.jsonl", "--qrels", "qrels.tsv")
     dev = [part.replace("--", "--evaluation.") for part in files]
     train = ("train", "--model.name", "model", "--model.dtype", "float32", "--data.train", "shards", "--output", "run")
-    short = ("--data.negatives", 0, "--train.queries-per-rank", 2, "--train.max-steps", 2)
-    for arguments in (
-        ("prepare", "--source", "rows.jsonl", "--out", "shards", "--workers", 1),
-        (*train, *short, *dev, "--train.deepspeed", "zero1"),
-        ("export", "run", "--out", "exported"),
-        ("evaluate", "--model", "exported", *files, "--out", "results.json"),
-    ):
-        code, told = run(work, *arguments)
-        assert code == 0, told[-3000:].decode()
-        assert not leaked(told), arguments
+    short = ("--data.negatives", "0", "--train.queries-per-rank", "2", "--train.max-steps", "2")
+    commands = [
+        ["prepare", "--source", "rows.jsonl", "--out", "shards", "--workers", "1"],
+        [*train, *short, *dev, "--train.deepspeed", "zero1"],
+        ["export", "run", "--out", "exported"],
+        ["evaluate", "--model", "exported", *files, "--out", "results.json"],
+    ]
+    for done in run_commands(commands, cwd=work, env=planted_environment()):
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert not leaked((done.stdout + done.stderr).encode()), done.args
     assert (work / "run" / "config.toml").is_file() and list(work.rglob("*tfevents*")) and list(work.rglob("*.pt"))
     assert not leaked_files(tmp_path)

@@ -57,13 +57,12 @@ def main(arguments: list[str]) -> int:
 
 def run_rows(rows: list, root: Path, *, cold: bool = False, out: Path | None = None) -> list:
     """Each row after the other, with a line for each as it ends, and what is known so far in `out`."""
-    from laser_dist.bench.faults import warm
     from laser_dist.bench.faults.exporting import run_export
     from laser_dist.bench.faults.run import build, run_row, weights
     from laser_dist.bench.faults.table import NO_FAULT
+    from laser_dist.testing.forked import start
 
-    # In a process of its own: what it starts must not be there in the one that ranks are forked from.
-    os.waitpid(warm.fork(lambda: build(root), {}, os.dup(1)), 0)
+    start(build, str(root), env=os.environ, output=root / "build.log").wait()
     run_row(NO_FAULT, root, root / "whole", "", cold=cold)
     expected = weights(root / "whole")
     if not expected:

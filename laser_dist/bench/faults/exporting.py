@@ -4,11 +4,12 @@ import os
 import time
 from pathlib import Path
 
-from laser_dist.bench.faults import acts, machine, warm
+from laser_dist.bench.faults import acts, machine
 from laser_dist.bench.faults.run import Ended
 from laser_dist.bench.faults.table import Row
 from laser_dist.cli import run
 from laser_dist.files import sha256
+from laser_dist.testing import forked
 
 PLACES = {"out of memory": "load", "disk full": "write_model", "disk takes no writes": "write_model"}
 """What of exporting/weights.py an act strikes at; others: when all is written and not yet verified."""
@@ -56,21 +57,23 @@ def run_export(row: Row, root: Path, output: Path) -> Ended:
 
 def _export(root: Path, out: Path, dtype: str, *flags: str, act: str = "") -> tuple[int, list[str]]:
     """Exit code of `laser-dist export` in a process of its own, and its output."""
-    reader, writer = os.pipe()
+    environment = {**os.environ, machine.FOLDER: str(out.parent), "OMP_NUM_THREADS": "1"}
+    words = [str(root / "whole"), "--out", str(out), "--dtype", dtype, *flags]
+    log = out.parent.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    code = forked.start(export_struck, act, *words, env=environment, output=log).wait()
+    return code, log.read_text(encoding="utf-8", errors="replace").splitlines()
 
-    def export() -> int:
-        from laser_dist.retrieval.exporting import weights
 
-        if act:
-            place = PLACES.get(act, "verify")
-            original = getattr(weights, place)
-            setattr(weights, place, lambda *arguments: (acts.ACTS[act](), original(*arguments))[1])
-        return run("laser_dist.retrieval.export", [str(root / "whole"), "--out", str(out), "--dtype", dtype, *flags])
+def export_struck(act: str, *words: str) -> int:
+    """What that process runs; "": without a fault."""
+    from laser_dist.retrieval.exporting import weights
 
-    pid = warm.fork(export, {machine.FOLDER: str(out.parent), "OMP_NUM_THREADS": "1"}, writer)
-    with os.fdopen(reader, errors="replace") as printed:
-        lines = printed.read().splitlines()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lines
+    if act:
+        place = PLACES.get(act, "verify")
+        original = getattr(weights, place)
+        setattr(weights, place, lambda *arguments: (acts.ACTS[act](), original(*arguments))[1])
+    return run("laser_dist.retrieval.export", list(words))
 
 
 def _content(folder: Path) -> dict[str, str]:

@@ -2,14 +2,11 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from laser_dist.bench.faults import warm
 from laser_dist.bench.faults.data import served
@@ -17,6 +14,7 @@ from laser_dist.bench.faults.machine import FOLDER, disturbed
 from laser_dist.bench.faults.rank import FAULT
 from laser_dist.bench.faults.table import NO_FAULT, SAVED_EVERY, STEPS, Row
 from laser_dist.launch import outcome, processes
+from laser_dist.testing import forked
 from laser_dist.watch import pulse, verdict
 from laser_dist.watch.verdict import Verdict
 
@@ -48,12 +46,13 @@ class Ended:
     """What was printed, if there are problems."""
 
 
-def build(root: Path) -> int:
+def build(folder: str) -> int:
     """A tiny model, shards, a dev set and a recipe; returns an exit code."""
     from laser_dist.data import sample_folder
     from laser_dist.data.preparation import prepare
     from laser_dist.testing.tiny import tiny_model_folder
 
+    root = Path(folder)
     tiny_model_folder(root / "model", layers=1)
     rows = [json.loads(line) for line in (sample_folder() / "train.jsonl").read_text().splitlines()[:12]]
     for row in rows:
@@ -133,33 +132,25 @@ def _launch(
     options = ["--num_accelerators", "2", "--max-restarts", "2", "--backoff", "0", *options]
     arguments = [*options, str(root / "recipe.toml"), "--output", str(output), *row.flags, *flags]
     environment = {FAULT: json.dumps(fault), FOLDER: str(output), "OMP_NUM_THREADS": "1"}
-    pid, printed = (_cold if cold else warm.start)(arguments, environment)
-
-    def end() -> None:
-        os.killpg(pid, signal.SIGKILL)
+    process = (_cold if cold else warm.start)(arguments, environment, log := output.with_suffix(".log"))
+    try:
+        lines = [(time.time(), line.rstrip()) for line in forked.lines(process, log, LIMIT)]
+    finally:
+        forked.end(process)
         processes.end(str(output))
-
-    limit = threading.Timer(LIMIT, end)
-    limit.start()
-    with printed:
-        lines = [(time.time(), line.rstrip()) for line in printed]
-    limit.cancel()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lines
+    return process.wait(), lines
 
 
-def _cold(arguments: list[str], environment: dict[str, str]) -> tuple[int, IO[str]]:
-    """`laser-dist launch` in a process of its own, with DeepSpeed's launcher: its process and what it prints."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "laser_dist.bench.faults.launcher", *arguments],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    assert process.stdout
-    return process.pid, process.stdout
+def _cold(arguments: list[str], environment: dict[str, str], output: Path) -> forked.Process:
+    """`laser-dist launch` in a process of its own, with DeepSpeed's launcher."""
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "laser_dist.bench.faults.launcher", *arguments],
+            env={**os.environ, **environment},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def _problems(
