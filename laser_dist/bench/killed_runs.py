@@ -100,7 +100,7 @@ def run_trials(root: str, kills: int, steps: int, ranks: int, stage: int, seed: 
     from laser_dist.testing import tiny_model_folder
 
     folder, rng = Path(root), random.Random(seed)
-    tiny_model_folder(folder / "model", tied=True)
+    tiny_model_folder(folder / "model", tied=True, layers=1)
     life = Life(folder, "whole", stage, steps)
     codes, output = run_ranks(life.run, ranks)
     if any(codes):
