@@ -10,7 +10,6 @@ import hashlib
 import json
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ Examples:
   laser-dist bench killed-runs
   laser-dist bench killed-runs --kills 6 --stage 2 --out runs.json
 """
-STEPS, EVERY, RESUMES = 12, 2, 3
+EVERY, RESUMES = 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +36,13 @@ class Settings(Trials):
 
     kills: int = 50
     """Each run is killed three times and then ends by itself."""
+    steps: int = 12
+    """Of a run."""
+
+    def validate(self) -> None:
+        super().validate()
+        if self.steps < EVERY:
+            raise UserError(f"--steps {self.steps}: must be at least {EVERY}, when the first checkpoint is saved")
 
 
 def main(arguments: list[str]) -> int:
@@ -51,7 +57,7 @@ def main(arguments: list[str]) -> int:
     settings.validate()
     with tempfile.TemporaryDirectory(prefix="laser-dist-bench-") as root:
         prepare(Path(root))
-        job = {"root": root, **{name: getattr(settings, name) for name in ("kills", "ranks", "stage", "seed")}}
+        job = {"root": root, **{name: getattr(settings, name) for name in ("kills", "steps", "ranks", "stage", "seed")}}
         running = trials("laser_dist.bench.killed_runs", job)
         console = Console(stderr=True)
         rows = list(track(running, "killing", settings.kills, console=console, disable=not sys.stderr.isatty()))
@@ -63,7 +69,7 @@ def main(arguments: list[str]) -> int:
         "steps compared": sum(row["compared"] for row in rows),
     }
     print(
-        f"{result['kills']} kills in {result['runs']} runs of {STEPS} steps on {settings.ranks} ranks with "
+        f"{result['kills']} kills in {result['runs']} runs of {settings.steps} steps on {settings.ranks} ranks with "
         f"ZeRO-{settings.stage}: {result['steps compared']} steps of ranks compared, all are the whole run's"
     )
     if settings.out is not None:
@@ -75,6 +81,7 @@ def main(arguments: list[str]) -> int:
 def prepare(root: Path) -> None:
     """Shards of the embedded sample, its texts cut short, and a recipe."""
     from laser_dist.data import sample_folder
+    from laser_dist.testing import run_command
 
     rows = [json.loads(line) for line in (sample_folder() / "train.jsonl").read_text().splitlines()[:16]]
     for row in rows:
@@ -82,34 +89,33 @@ def prepare(root: Path) -> None:
         for passage in row["positives"] + row["negatives"]:
             passage["text"] = passage["text"][:60]
     (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "laser_dist.cli", "prepare", "--source", str(root / "train.jsonl")]
-    done = subprocess.run([*command, "--out", str(root / "shards")], capture_output=True, text=True)
+    done = run_command("prepare", "--source", root / "train.jsonl", "--out", root / "shards")
     if done.returncode:
         raise UserError(f"the sample cannot be prepared: {done.stderr[-500:]}")
 
 
-def run_trials(root: str, kills: int, ranks: int, stage: int, seed: int) -> Iterator[dict[str, Any]]:
+def run_trials(root: str, kills: int, steps: int, ranks: int, stage: int, seed: int) -> Iterator[dict[str, Any]]:
     """In a process that forks (see `nursery`): one dict per kill. UserError: a comparison failed."""
     from laser_dist.bench.nursery import run_ranks
     from laser_dist.testing import tiny_model_folder
 
     folder, rng = Path(root), random.Random(seed)
-    tiny_model_folder(folder / "model", tied=True)
-    life = Life(folder, "whole", stage)
+    tiny_model_folder(folder / "model", tied=True, layers=1)
+    life = Life(folder, "whole", stage, steps)
     codes, output = run_ranks(life.run, ranks)
     if any(codes):
         raise UserError(f"the whole run failed: {output[-2000:]}")
     whole = life.records(ranks)
     for number in range(kills):
         run = f"run-{number // RESUMES}"
-        life = Life(folder, run, stage, moment=rng.random())
-        life.kill_in = rng.randint(life.reached(), STEPS)
+        life = Life(folder, run, stage, steps, moment=rng.random())
+        life.kill_in = rng.randint(life.reached(), steps)
         codes, output = run_ranks(life.run, ranks)
         if not any(code < 0 for code in codes):
             raise UserError(f"{life}: ranks ended with {codes}: {output[-2000:]}")
         last = (number + 1) % RESUMES == 0 or number + 1 == kills
         if last:
-            codes, output = run_ranks(Life(folder, run, stage).run, ranks)
+            codes, output = run_ranks(Life(folder, run, stage, steps).run, ranks)
             if any(codes):
                 raise UserError(f"{run} cannot be resumed: {output[-2000:]}")
         compared = life.compare(whole, ranks, whole_too=last)
@@ -123,6 +129,7 @@ class Life:
     folder: Path
     name: str
     stage: int
+    steps: int
     kill_in: int | None = None
     moment: float = 0.0
 
@@ -134,7 +141,7 @@ class Life:
         """The first step that this life takes: its kill cannot come before it."""
         pointer = self.output / "checkpoints" / "latest"
         saved = int(pointer.read_text().strip().split("-")[1]) if pointer.is_file() else 0
-        return min(saved + 1, STEPS)
+        return min(saved + 1, self.steps)
 
     def run(self, rank: int) -> None:
         """What a rank does: train, write down each step, and maybe die."""
@@ -173,7 +180,7 @@ class Life:
             }
             with (self.output / f"rank-{rank}.jsonl").open("a") as file:
                 file.write(json.dumps(found) + "\n")
-            if self.kill_in and number + 1 == STEPS:  # not yet: there is no step behind it to die in
+            if self.kill_in and number + 1 == self.steps:  # not yet: there is no step behind it to die in
                 signal.pause()
             return values
 
@@ -184,7 +191,7 @@ class Life:
     def _flags(self) -> list[str]:
         values = {
             "--output": self.output, "--model.name": self.folder / "model", "--model.dtype": "float32",
-            "--data.train": self.folder / "shards", "--data.workers": 0, "--train.max-steps": STEPS,
+            "--data.train": self.folder / "shards", "--data.workers": 0, "--train.max-steps": self.steps,
             "--train.queries-per-rank": 2, "--checkpoint.every": EVERY, "--model.lora-rank": 4,
             "--model.lora-dropout": 0.3, "--optimizer.learning-rate": 1e-2, "--objective.ramp-steps": 5,
             "--train.deepspeed": "zero3-test" if self.stage == 3 else f"zero{self.stage}", "--rehearse": "off",
@@ -213,6 +220,6 @@ class Life:
         if not whole_too:
             return 0
         logged = [json.loads(line)["step"] for line in (self.output / "metrics.jsonl").read_text().splitlines()]
-        if logged != list(range(1, STEPS + 1)):
+        if logged != list(range(1, self.steps + 1)):
             raise UserError(f"{self}: metrics.jsonl has the steps {logged}")
         return sum(map(len, own.values()))

@@ -14,6 +14,7 @@ for _name in (
     "laser_dist.trainer",
     # What DeepSpeed imports when it makes an optimizer: torch.compile and all that it needs.
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "peft",
     "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen3.modeling_qwen3",

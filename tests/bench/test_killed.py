@@ -3,13 +3,13 @@ from dataclasses import replace
 
 import pytest
 
-from laser_dist.bench.killed_runs import STEPS, Life
+from laser_dist.bench.killed_runs import Life
 from laser_dist.bench.saving_ranks import Trial
 from laser_dist.cli import main
 from laser_dist.errors import UserError
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_few_saves_are_killed_and_all_that_loads_is_whole(tmp_path, capsys):
     out = tmp_path / "saves.json"
     assert main(["bench", "killed-saves", "--kills", "4", "--seed", "3", "--out", str(out)]) == 0
@@ -18,12 +18,12 @@ def test_a_few_saves_are_killed_and_all_that_loads_is_whole(tmp_path, capsys):
     assert sum(row["hit"] for row in result["trials"]) >= 2 and "none was a mixture" in told
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_is_killed_and_stays_the_same(tmp_path, capsys):
     out = tmp_path / "runs.json"
-    assert main(["bench", "killed-runs", "--kills", "1", "--out", str(out)]) == 0
+    assert main(["bench", "killed-runs", "--kills", "1", "--steps", "6", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert result["kills"] == 1 and result["steps compared"] >= 2 * STEPS
+    assert result["kills"] == 1 and result["steps compared"] >= 2 * 6
     assert "all are the whole run's" in capsys.readouterr().out
 
 
@@ -32,6 +32,11 @@ def test_a_run_is_killed_and_stays_the_same(tmp_path, capsys):
 def test_values_that_nothing_can_be_tried_with_are_refused(command, flag, capsys):
     assert main(["bench", command, flag, "0"]) == 2
     assert flag in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint_cannot_be_resumed(capsys):
+    assert main(["bench", "killed-runs", "--steps", "1"]) == 2
+    assert "--steps 1: must be at least 2" in capsys.readouterr().err
 
 
 def test_the_checks_can_fail(tmp_path):
@@ -55,7 +60,7 @@ def test_the_checks_can_fail(tmp_path):
 
 
 def test_another_number_in_a_resumed_run_is_found(tmp_path):
-    life = Life(tmp_path, "run", 3)
+    life = Life(tmp_path, "run", 3, 12)
     life.output.mkdir()
     whole = {"0": [{"step": step, "loss": 1.0 / step} for step in (1, 2)]}
     rows = [dict(row) for row in whole["0"]]

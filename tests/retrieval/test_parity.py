@@ -201,7 +201,7 @@ class WithoutFrame:
     chat_template = bos_token_id = None
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_checkpoint_of_every_zero_stage_is_exported(tmp_path):
     """After a real update on two ranks; weights saved without gathering would be shards, or the untrained ones."""
     backbone = tiny_model_folder(tmp_path / "backbone", architecture="qwen3", tied=False)
