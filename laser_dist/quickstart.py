@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from laser_dist.config import RunConfig, read_recipe, to_toml
+from laser_dist.config import RunConfig
 from laser_dist.data import sample_folder
 from laser_dist.errors import UserError
 from laser_dist.launch.ranks import free_port
 from laser_dist.reading import read_object
+from laser_dist.recipe import read_recipe, to_toml
 from laser_dist.run_folder import existing_folder
 
 RECIPE = Path(__file__).parent / "recipes" / "quickstart.toml"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from laser_dist.config import RunConfig, to_toml
+from laser_dist.config import RunConfig
 from laser_dist.data.streaming.quarantine import Quarantine
 from laser_dist.data.streaming.sets import TrainingData, open_data
 from laser_dist.data.text import TextFormat
@@ -13,6 +13,7 @@ from laser_dist.errors import UserError
 from laser_dist.identity import Settings, settings
 from laser_dist.model.backbone import load_tokenizer
 from laser_dist.observability.profiler import check_profile
+from laser_dist.recipe import to_toml
 from laser_dist.retrieval.card import tokenizer_hash
 from laser_dist.retrieval.collection import Corpus, Qrels, Queries, read_collection
 from laser_dist.retrieval.metrics import METRICS

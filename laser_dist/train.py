@@ -6,12 +6,13 @@ import sys
 from typing import NoReturn
 
 from laser_dist.cli import run
-from laser_dist.config import RunConfig, load_config
+from laser_dist.config import RunConfig
 from laser_dist.data.streaming.store import LONGEST_PAUSE, is_remote
 from laser_dist.ds_config import resolve
 from laser_dist.launch.meeting import together
 from laser_dist.launch.outcome import EXIT_PREEMPTED, Asked, own_folder, reported
 from laser_dist.launch.ranks import adopt_ranks
+from laser_dist.recipe import load_config
 from laser_dist.watch import watchdog
 from laser_dist.watch.pulse import Limits
 

@@ -1,11 +1,14 @@
+"""config.py and recipe.py: what a recipe and flags may say, and what is answered where they err."""
+
 import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from laser_dist.config import ObjectiveConfig, RunConfig, load_config, read_recipe, to_toml
+from laser_dist.config import ObjectiveConfig, RunConfig
 from laser_dist.errors import UserError
+from laser_dist.recipe import load_config, read_recipe, to_toml
 
 ROOT = Path(__file__).parents[1]
 

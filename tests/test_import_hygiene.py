@@ -104,14 +104,9 @@ def test_config_and_errors_are_at_the_bottom():
         "laser_dist.errors.UserError",
         "laser_dist.errors.suggest",
         # At the bottom too: how files are read, and what may stand in messages.
-        "laser_dist.reading",
-        "laser_dist.reading.read_file",
         "laser_dist.redaction",
         "laser_dist.redaction.check_address",
         "laser_dist.redaction.find_secret",
-        "laser_dist.renamed",  # which imports errors alone
-        "laser_dist.renamed.rename_flags",
-        "laser_dist.renamed.rename_keys",
     }
 
 

@@ -54,9 +54,9 @@ def trained(arguments: list[str]) -> list:
 
     from laser_dist import rehearsal
     from laser_dist.bench.nursery import digest
-    from laser_dist.config import load_config
     from laser_dist.distributed.collectives import bytes_received
     from laser_dist.ds_config import resolve
+    from laser_dist.recipe import load_config
     from laser_dist.trainer import Trainer
 
     rehearsal._export = lambda saved, out: 1  # a process of its own, tested below
@@ -99,10 +99,10 @@ def test_a_rehearsed_run_is_the_same_run(setting: Path, tmp_path: Path, stage: i
 def failing(rank: int, world_size: int, arguments: list[str]) -> tuple[list[str], list[str], bool]:
     """Errors of rehearsals that each meet one fault, what is said meanwhile, and whether anything was left."""
     from laser_dist import rehearsal
-    from laser_dist.config import load_config
     from laser_dist.distributed import checkpoint, disk
     from laser_dist.ds_config import resolve
     from laser_dist.observability.console import TrainingProgress
+    from laser_dist.recipe import load_config
     from laser_dist.trainer import Trainer
 
     config = load_config(arguments)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from laser_dist import renamed
-from laser_dist.config import RunConfig, load_config, read_recipe, to_toml
+from laser_dist.config import RunConfig
 from laser_dist.errors import UserError
+from laser_dist.recipe import load_config, read_recipe, to_toml
 from laser_dist.renamed import RENAMED, Renamed
 
 

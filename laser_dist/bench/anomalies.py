@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 import laser_dist.trainer as training
-from laser_dist.config import load_config
 from laser_dist.data.streaming.loader import TrainingBatch
 from laser_dist.distributed.collectives import gather_objects, rank
 from laser_dist.ds_config import resolve
 from laser_dist.errors import UserError
 from laser_dist.guard.replicas import bit_sum
 from laser_dist.objective.alignment import AlignmentObjective
+from laser_dist.recipe import load_config
 from laser_dist.trainer import Trainer
 
 STAGES = ("zero0", "zero1", "zero2", "zero3-test")

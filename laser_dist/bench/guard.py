@@ -164,8 +164,8 @@ def clean(
 
 def train_of_rank(rank: int, world_size: int, recipe: Path, arguments: list[str]) -> str:
     """For `run_distributed`: what the guard said, or an empty text."""
-    from laser_dist.config import load_config
     from laser_dist.ds_config import resolve
+    from laser_dist.recipe import load_config
     from laser_dist.trainer import Trainer
 
     config = load_config([str(recipe), *arguments])
@@ -183,9 +183,9 @@ def overhead_of_rank(
     """For `run_distributed`: seconds of each round with the guard and without."""
     from statistics import median
 
-    from laser_dist.config import load_config
     from laser_dist.data.streaming.loader import training_batches
     from laser_dist.ds_config import resolve
+    from laser_dist.recipe import load_config
     from laser_dist.run_inputs import open_quarantine
     from laser_dist.trainer import Trainer
 

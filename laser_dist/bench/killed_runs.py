@@ -148,8 +148,8 @@ class Life:
         import torch
 
         from laser_dist.bench.nursery import digest
-        from laser_dist.config import load_config
         from laser_dist.ds_config import resolve
+        from laser_dist.recipe import load_config
         from laser_dist.trainer import Trainer
 
         config = load_config(self._flags())

@@ -107,7 +107,7 @@ def context_of(args: Arguments) -> Context:
     """What is to be checked. UserError for a recipe that does not exist; one that is wrong is a finding."""
     config, problem = None, ""
     if args.recipe is not None:
-        from laser_dist.config import read_recipe
+        from laser_dist.recipe import read_recipe
 
         if not args.recipe.exists():
             raise UserError(f"recipe {args.recipe} does not exist; ready ones are in launchers/recipes/")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from laser_dist.batch import PackedBatch
-from laser_dist.config import RunConfig, read_recipe, to_toml
+from laser_dist.config import RunConfig
 from laser_dist.distributed.collectives import barrier, gather_objects, rank, world_size
 from laser_dist.distributed.engine import Engine
 from laser_dist.distributed.together import Together
@@ -33,6 +33,7 @@ from laser_dist.files import sync_folder, write_json
 from laser_dist.guard.evidence import MicroBatch
 from laser_dist.guard.rules import Alarm
 from laser_dist.reading import read_file
+from laser_dist.recipe import read_recipe, to_toml
 
 FORMAT_VERSION = 1
 

@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, ClassVar
 
-from laser_dist.config import to_toml
 from laser_dist.files import replacing
 from laser_dist.launch import outcome, processes
 from laser_dist.launch.environment import for_attempt, write_environment
 from laser_dist.launch.hosts import EXITED, ssh_environment
 from laser_dist.launch.options import Job
 from laser_dist.launch.outcome import Outcome
+from laser_dist.recipe import to_toml
 from laser_dist.watch import verdict
 from laser_dist.watch.verdict import Verdict
 

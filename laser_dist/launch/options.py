@@ -4,9 +4,10 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from laser_dist.config import RunConfig, load_config
+from laser_dist.config import RunConfig
 from laser_dist.errors import UserError, suggest
 from laser_dist.launch.hosts import DEFAULT_HOSTFILE, Hosts, chosen, read_hostfile
+from laser_dist.recipe import load_config
 
 HELP = """usage: laser-dist launch [OPTIONS] RECIPE.toml [--section.field value ...]
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
-from laser_dist.config import RunConfig, to_toml
+from laser_dist.config import RunConfig
 from laser_dist.files import replacing
 from laser_dist.objective.terms import STEP_TERMS, TERMS
 from laser_dist.reading import decode_json
+from laser_dist.recipe import to_toml
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from laser_dist.config import ModelConfig, OptimizerConfig, RunConfig, TextConfig, TrainConfig, read_recipe
+from laser_dist.config import ModelConfig, OptimizerConfig, RunConfig, TextConfig, TrainConfig
 from laser_dist.ds_config import find_ds_config, resolve
 from laser_dist.errors import UserError
 from laser_dist.files import replacing, write_json
 from laser_dist.planning.job import GIB, Job
 from laser_dist.planning.options import Option, seconds
+from laser_dist.recipe import read_recipe
 
 # The paper trains adapters at 1e-4. Full fine-tuning is not in it: a common rate, which nobody has tuned here.
 LORA_RATE, FULL_RATE = "1e-4", "2e-5"

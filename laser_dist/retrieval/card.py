@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from laser_dist.config import RunConfig, TextConfig, ThinkingConfig, section_from_table
+from laser_dist.config import RunConfig, TextConfig, ThinkingConfig
 from laser_dist.errors import UserError
 from laser_dist.reading import decode_json, read_json, read_object
+from laser_dist.recipe import section_from_table
 
 FILE = "laser_dist.json"
 FORMAT_VERSION = 1

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from laser_dist.config import RunConfig, merged, read_table, recipe_of
+from laser_dist.config import RunConfig
 from laser_dist.errors import UserError, suggest
+from laser_dist.recipe import merged, read_table, recipe_of
 
 METHODS = Path(__file__).parents[1] / "recipes" / "methods"
 Table = dict[str, Any]

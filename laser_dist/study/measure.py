@@ -15,9 +15,9 @@ from statistics import median
 from typing import Any
 
 from laser_dist.cli import run
-from laser_dist.config import read_recipe
 from laser_dist.data.text import TextFormat
 from laser_dist.files import write_json
+from laser_dist.recipe import read_recipe
 from laser_dist.retrieval.bm25 import bm25_run
 from laser_dist.retrieval.collection import Corpus, Queries, keep_judged, read_collection
 from laser_dist.retrieval.encoder import LaserEncoder

@@ -5,8 +5,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from laser_dist.config import RunConfig, merged, read_table
+from laser_dist.config import RunConfig
 from laser_dist.errors import UserError, suggest
+from laser_dist.recipe import merged, read_table
 from laser_dist.retrieval.metrics import METRICS
 from laser_dist.study.cells import BM25, UNTRAINED
 from laser_dist.study.definition import OWN, Dataset, Method, Rewriting, Study, Test, flat

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from laser_dist.config import to_toml
 from laser_dist.errors import UserError
 from laser_dist.files import write_json
 from laser_dist.launch.ranks import free_port
+from laser_dist.recipe import to_toml
 from laser_dist.run_folder import checkpoints_of
 from laser_dist.study.cells import BM25, FINISHED, UNTRAINED, Cell, Task, Workspace
 from laser_dist.study.definition import Method

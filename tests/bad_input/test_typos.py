@@ -8,9 +8,10 @@ from typing import get_type_hints
 import pytest
 
 from laser_dist.cli import COMMANDS
-from laser_dist.config import RunConfig, read_recipe
+from laser_dist.config import RunConfig
 from laser_dist.ds_config import KNOWN, KNOWN_WITHIN, OWNED, resolve
 from laser_dist.errors import UserError
+from laser_dist.recipe import read_recipe
 from laser_dist.testing.hostile import Ended, command
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz_"

@@ -11,7 +11,7 @@ import pytest
 
 from laser_dist import cli
 from laser_dist.bench import BENCHMARKS
-from laser_dist.config import TRAIN_HELP
+from laser_dist.recipe import TRAIN_HELP
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -92,7 +92,7 @@ def helps() -> Iterator[tuple[str, str]]:
         module = importlib.import_module(name)
         for text in {getattr(module, attribute, "") for attribute in ("HELP", "USAGE")}:
             yield name, text
-    yield "laser_dist.config", TRAIN_HELP
+    yield "laser_dist.recipe", TRAIN_HELP
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from laser_dist.config import read_recipe
 from laser_dist.data.schema import parse_example
+from laser_dist.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
 

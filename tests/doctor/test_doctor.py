@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from laser_dist.cli import main
-from laser_dist.config import RunConfig, read_recipe
+from laser_dist.config import RunConfig
 from laser_dist.data import sample_folder
 from laser_dist.data.preparation.prepare import main as prepare
 from laser_dist.doctor import doctor, machine, network
 from laser_dist.doctor.doctor import AFTER_GLOO, CHECKS, Arguments, context_of, examine
 from laser_dist.doctor.finding import GIB, Context, failed, ok
+from laser_dist.recipe import read_recipe
 from laser_dist.testing import tiny_model_folder
 
 Usage = namedtuple("Usage", "total used free")

@@ -54,9 +54,9 @@ def prepare(rank: int, world_size: int, root: Path) -> int:
 
 def trained(rank: int, world_size: int, root: Path, name: str, flags: list[str], killed: bool) -> list[list[str]]:
     """Train; rank 1's hashes of a checkpoint are ready one step after it, or never. Checkpoints after each step."""
-    from laser_dist.config import load_config
     from laser_dist.distributed import manifest
     from laser_dist.ds_config import resolve
+    from laser_dist.recipe import load_config
     from laser_dist.trainer import Trainer
 
     config = load_config([str(root / "recipe.toml"), "--output", str(root / name), *flags])

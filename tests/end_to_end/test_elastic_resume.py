@@ -54,8 +54,8 @@ def prepare(rank: int, world_size: int, root: Path) -> int:
 
 def trained(rank: int, world_size: int, root: Path, output: Path, stage: str, until: int, flags: list[str]) -> list:
     """Train up to step `until` of `STEPS`; returns this rank's query ids, step by step."""
-    from laser_dist.config import load_config
     from laser_dist.ds_config import resolve
+    from laser_dist.recipe import load_config
     from laser_dist.trainer import Trainer
 
     recipe = root / "recipe.toml"

@@ -283,8 +283,8 @@ def test_resuming_another_configuration_is_refused(setting: Path, finished: Path
 
 def vectors_of_trainer(rank: int, world_size: int, recipe: Path, output: Path, flags: list[str]) -> np.ndarray:
     """Train, and encode with the trainer's own weights, still sharded, before anything is saved and loaded."""
-    from laser_dist.config import load_config
     from laser_dist.ds_config import resolve
+    from laser_dist.recipe import load_config
     from laser_dist.trainer import Trainer
 
     config = load_config([str(recipe), "--output", str(output), *flags])

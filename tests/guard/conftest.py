@@ -133,8 +133,8 @@ def differences(rank: int, folder: Path) -> list[tuple[str, Difference | None]]:
 
 def stopped_in_step_3(recipe: Path, output: Path) -> str:
     """Train until the guard asks for a spread that no model has; returns what it says."""
-    from laser_dist.config import load_config
     from laser_dist.ds_config import resolve
+    from laser_dist.recipe import load_config
     from laser_dist.trainer import Trainer
 
     flags = ["--output", str(output), "--train.deepspeed", "zero3-test", "--train.accumulation", "2",

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from laser_dist.config import read_recipe
 from laser_dist.errors import UserError
 from laser_dist.launch import launch, processes
 from laser_dist.launch.attempt import Attempt
 from laser_dist.launch.options import parse
+from laser_dist.recipe import read_recipe
 
 # Reads what to do in this attempt from its line of `plan`: save a checkpoint, speak as rank 0, leave, hang, exit.
 FAKE = """

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from laser_dist.cli import main
-from laser_dist.config import read_recipe
 from laser_dist.ds_config import resolve
 from laser_dist.planning import catalogue
 from laser_dist.planning.communication import transfers, weight_gathers
@@ -16,6 +15,7 @@ from laser_dist.planning.options import fastest, nearest, options_of
 from laser_dist.planning.recipe import check_recipe, ds_config_of
 from laser_dist.planning.scaling import best_at_each_size, sizes
 from laser_dist.planning.shapes import KNOWN
+from laser_dist.recipe import read_recipe
 
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
 JOB = Job(shape=KNOWN["qwen3-8b"], gpus=8)

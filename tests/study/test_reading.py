@@ -34,7 +34,7 @@ def test_ready_made_studies_are_there():
 
 @pytest.mark.parametrize("path", sorted(METHODS.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_method_is_a_recipe_over_any_other(path, tmp_path):
-    from laser_dist.config import read_recipe
+    from laser_dist.recipe import read_recipe
 
     (tmp_path / "base.toml").write_text('[model]\nname = "m"\n[thinking]\nsteps = 3\n')
     config = read_recipe(tmp_path / "base.toml", path)

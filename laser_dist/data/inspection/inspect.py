@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laser_dist.config import RunConfig, TextConfig, ThinkingConfig, read_recipe
+from laser_dist.config import RunConfig, TextConfig, ThinkingConfig
 from laser_dist.errors import UserError
 from laser_dist.model.embedded import CACHED_BACKBONE
+from laser_dist.recipe import read_recipe
 
 if TYPE_CHECKING:
     from laser_dist.data.inspection.survey import Survey

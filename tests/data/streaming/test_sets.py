@@ -1,10 +1,11 @@
 import pytest
 
-from laser_dist.config import DataConfig, RunConfig, load_config, read_recipe, to_toml
+from laser_dist.config import DataConfig, RunConfig
 from laser_dist.data.schema import Example, Passage
 from laser_dist.data.shards import write_shards
 from laser_dist.data.streaming.sets import open_data
 from laser_dist.errors import UserError
+from laser_dist.recipe import load_config, read_recipe, to_toml
 
 
 @pytest.fixture

@@ -7,17 +7,10 @@ import shutil
 import pytest
 from huggingface_hub import ModelCard
 
-from laser_dist.config import (
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RunConfig,
-    ThinkingConfig,
-    to_toml,
-)
+from laser_dist.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig, ThinkingConfig
 from laser_dist.data.manifest import Manifest, Shard, Source, encode_manifest
 from laser_dist.errors import UserError
+from laser_dist.recipe import to_toml
 from laser_dist.retrieval.card import RetrieverCard
 from laser_dist.retrieval.export import export
 from laser_dist.retrieval.exporting.origin import origin_of
