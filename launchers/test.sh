@@ -7,11 +7,10 @@ if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
   cat <<'HELP'
 usage: launchers/test.sh [PYTEST ARGUMENTS]
 
-  launchers/test.sh                                everything that this machine can run, but `long` tests
-  launchers/test.sh -m "not slow and not long"     the quick part
-  launchers/test.sh -m long                        benchmarks of many real runs, in small
-  launchers/test.sh tests/test_config.py           one file
-  launchers/test.sh -n 0                           in one process, one test after the other
+  launchers/test.sh                          everything that this machine can run
+  launchers/test.sh -m "not slow"            the quick part
+  launchers/test.sh tests/test_config.py     one file
+  launchers/test.sh -n 0                     in one process, one test after the other
 HELP
   exit 0
 fi

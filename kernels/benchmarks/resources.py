@@ -13,10 +13,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +127,7 @@ def compile_variant(v: Variant) -> Resources:
     return _compile(kernel, signature, options, attributes, v.name, f"{t.pairs}x{t.columns}x{t.depth}", t)
 
 
-def compile_latent_attention(name: str, direction: str, dtype: torch.dtype, group: int, head_size: int) -> Resources:
+def compile_latent_attention(direction: str, dtype: torch.dtype, group: int, head_size: int) -> Resources:
     """As `compile_variant`, for the latent step's attention; `group`: query heads that share keys and values."""
     kernel: Any = getattr(latent_attention_triton, f"_{direction}_kernel")
     t = latent_attention_triton.tile(group, 8, head_size)
@@ -144,6 +142,7 @@ def compile_latent_attention(name: str, direction: str, dtype: torch.dtype, grou
     }
     pointers = [position for position, name in enumerate(kernel.arg_names) if name.endswith("_ptr")]
     attributes = {(position,): [["tt.divisibility", 16]] for position in pointers}
+    name = f"latent attention {direction}, {DTYPES[dtype]}, {group} queries a head of {head_size}"
     return _compile(kernel, signature, options, attributes, name, f"{t.tokens}x{t.queries}x{t.depth}", t)
 
 
@@ -174,28 +173,18 @@ def _assembler_report(binary: bytes) -> tuple[int, int]:
 class Settings:
     """Options of the command."""
 
-    only: tuple[str, ...] = ()
-    """Names of variants, as the table has them; none: all."""
     out: Path | None = None
     """JSON file to write."""
 
 
-def compilations() -> dict[str, Callable[[], Resources]]:
-    """Name -> what compiles it, of all variants."""
-    found: dict[str, Callable[[], Resources]] = {v.name: partial(compile_variant, v) for v in variants()}
-    for direction in ("forward", "backward"):
-        for dtype, group, head_size in ((torch.bfloat16, 2, 128), (torch.float16, 4, 128), (torch.bfloat16, 8, 64)):
-            name = f"latent attention {direction}, {DTYPES[dtype]}, {group} queries a head of {head_size}"
-            found[name] = partial(compile_latent_attention, name, direction, dtype, group, head_size)
-    return found
-
-
 def main() -> int:
     settings = tyro.cli(Settings, description=__doc__)
-    compiling = compilations()
-    if unknown := [name for name in settings.only if name not in compiling]:
-        sys.exit(f"--only {unknown[0]!r}: must be among\n" + "\n".join(compiling))
-    rows = [compiling[name]() for name in settings.only or compiling]
+    rows = [compile_variant(v) for v in variants()]
+    rows += [
+        compile_latent_attention(direction, dtype, group, head_size)
+        for direction in ("forward", "backward")
+        for dtype, group, head_size in ((torch.bfloat16, 2, 128), (torch.float16, 4, 128), (torch.bfloat16, 8, 64))
+    ]
     for row in rows:
         print(
             f"{row.variant:<80} {row.tile:>10}, {row.warps} warps, {row.registers:>3} registers, "

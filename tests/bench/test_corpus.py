@@ -12,6 +12,7 @@ from laser_dist.errors import UserError
 from laser_dist.testing.commands import popen
 
 
+@pytest.mark.slow
 def test_killed_and_continued(tmp_path, capsys, monkeypatch):
     """Encoded by forked processes, whose peak is also that of what they were forked from."""
     forked = SimpleNamespace(Popen=popen, run=subprocess.run, STDOUT=subprocess.STDOUT)

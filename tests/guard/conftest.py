@@ -1,11 +1,14 @@
 """What needs real ranks, in one start of two of them: importing everything takes a process longer than the work."""
 
+import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from laser_dist.batch import TokenSequence, pack
 from laser_dist.bench.guard import prepare, train_of_rank
@@ -30,8 +33,17 @@ TRIED = (
 
 @pytest.fixture(scope="session")
 def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("guarded")
-    first, second = run_distributed(everything, 2, prepare(root), root / "model", root / "runs")
+    """Made by the first of pytest's workers that needs it, for all of them."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    found = root / "guarded.pickle"
+    with FileLock(root / "guarded.lock"):
+        if not found.is_file():
+            made = tmp_path_factory.mktemp("guarded")
+            found.write_bytes(
+                pickle.dumps(run_distributed(everything, 2, prepare(made), made / "model", made / "runs"))
+            )
+    first, second = pickle.loads(found.read_bytes())
     # So that no rank waits for another.
     assert [row["message"] for row in first["anomalies"]] == [row["message"] for row in second["anomalies"]]
     for name in ("judged", "differences", "stopped", "said"):

@@ -240,6 +240,7 @@ def test_texts_may_hold_addresses():
     replace(config, text=text)._refuse_secrets()
 
 
+@pytest.mark.slow
 def test_a_whole_run_leaks_nothing(tmp_path):
     """prepare, two steps of training, export and evaluation, all with the secrets in the environment."""
     work = tmp_path / "work"

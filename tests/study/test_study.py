@@ -14,6 +14,8 @@ from laser_dist.study import command, running
 from laser_dist.testing import tiny_model_folder
 from laser_dist.testing.commands import popen
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
