@@ -101,10 +101,10 @@ def run_row(row: Row, root: Path, output: Path, expected: str, *, cold: bool = F
     return ended
 
 
-def weights(output: Path) -> str:
+def weights(output: Path, steps: int = STEPS) -> str:
     """Hash of the model after the last step, by the manifest; '' if the run did not come so far."""
     try:
-        manifest = output / "checkpoints" / f"step-{STEPS:06d}" / "manifest.json"
+        manifest = output / "checkpoints" / f"step-{steps:06d}" / "manifest.json"
         return str(json.loads(manifest.read_text())["files"]["model/model.safetensors"]["sha256"])
     except (OSError, KeyError):
         return ""
@@ -120,7 +120,7 @@ def _launch(
     options = ["--num_accelerators", "2", "--master_port", str(free_port()), "--max-restarts", "2", "--backoff", "0"]
     arguments = [*options, str(root / "recipe.toml"), "--output", str(output), *row.flags, *data_flags]
     environment = {FAULT: json.dumps(fault), "OMP_NUM_THREADS": "1"}
-    pid, printed = (_cold if cold else warm.start)(arguments, environment)
+    pid, printed = (start_cold if cold else warm.start)(arguments, environment)
 
     def end() -> None:
         os.killpg(pid, signal.SIGKILL)
@@ -134,7 +134,7 @@ def _launch(
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lines
 
 
-def _cold(arguments: list[str], environment: dict[str, str]) -> tuple[int, IO[str]]:
+def start_cold(arguments: list[str], environment: dict[str, str]) -> tuple[int, IO[str]]:
     """`laser-dist launch` in a process of its own, with DeepSpeed's launcher: its process and what it prints."""
     process = subprocess.Popen(
         [sys.executable, "-m", "laser_dist.bench.faults.launcher", *arguments],
