@@ -10,7 +10,11 @@ attempt ends. Times are seconds since the epoch; durations are seconds by the mo
     {"event": "end", "time": 1763870027.2, "step": 2, "how": "finished"}
 
 `time` of a start is when the process began, and `ready` how long it took to its first step. An attempt that was killed
-has no end.
+has no end. `laser-dist launch` writes when it begins an attempt and when it is over, so that those that came to no step
+stand here, too:
+
+    {"event": "attempt", "time": 1763869990.0, "step": 0}
+    {"event": "over", "time": 1763870031.5, "step": 2, "how": "finished"}
 """
 
 import contextlib
@@ -81,6 +85,15 @@ class RunLedger:
         how = "failed" if kind else "finished" if self.number >= self.total_steps else "stopped"
         why = {"why": str(error).strip().splitlines()[0][:300]} if isinstance(error, UserError) else {}
         self._write({"event": "end", "step": self.number, "how": how, **why}, time.time())
+
+
+def supervised(output: Path, event: str, step: int, **more: Any) -> None:
+    """A line of the supervisor's, while no rank writes: an "attempt" begins after `step`, or is "over"."""
+    with contextlib.suppress(OSError):
+        output.mkdir(parents=True, exist_ok=True)
+        _end_last_line(output / FILE)
+        with (output / FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, "step": step, "time": round(time.time(), 4), **more}) + "\n")
 
 
 def _end_last_line(path: Path) -> None:

@@ -14,8 +14,8 @@ class Act:
     name: str
     """Of faults/acts.py, unless a signal from outside does it."""
     ends: Literal["restart", "requeue", "mended", "nothing"]
-    """What the job does: start again; end with 75, and be started again by a scheduler; start again, or end with 2 until
-    the user has mended what is wrong; go on."""
+    """What the job does: start again; end with 75, and be started again by a scheduler; start again, or end with 2 for
+    the user to mend something; go on."""
     kind: str = ""
     """Of the verdict; "" where there must be none."""
     when: Literal["any", "watched", "unwatched", "step", "save", "met"] = "any"
