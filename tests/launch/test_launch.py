@@ -193,7 +193,8 @@ time.sleep(2)
 os.kill(int(sys.argv[1]), signal.SIGTERM)
 """
     watcher = [sys.executable, "-c", later]
-    left = f"subprocess.Popen([*{watcher!r}, str(os.getppid()), str(output / 'ledger.jsonl')], env={{}})"
+    told = "[str(os.getppid()), str(output / 'ledger.jsonl')]"
+    left = f"subprocess.Popen({watcher!r} + {told}, env={{}}, start_new_session=True)"
     assert job(f"save(4); {left}; sys.exit(1)", "speak(0)", options=("--max-restarts", "5", "--backoff", "200")) == 75
     assert len(job.commands) == 1 and "SIGTERM: no restart; --resume goes on" in capfd.readouterr().err
 

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -74,7 +75,10 @@ class Job:
 
     def beats(self, attempt: int) -> list[Beat]:
         """Of the attempt's ranks that live."""
-        found = (pulse.read(path) for path in sorted(outcome.folder(self.output, attempt).glob("pulse-*")))
+        paths: list[Path] = []
+        with suppress(OSError):  # an attempt that begins removes what lies there, between two looks
+            paths += sorted(outcome.folder(self.output, attempt).glob("pulse-*"))
+        found = [pulse.read(path) for path in paths]
         return [beat for beat in found if beat and beat.started == (pulse.process(beat.pid) or ("", -1))[1]]
 
     def verdict(self, attempt: int) -> Verdict | None:

@@ -79,11 +79,10 @@ class Soak:
         code = None
         while code != 0 and not self.problems:
             job, struck = self._start(), len(self.strikes)
-            while not job.ended():
-                time.sleep(0.05)
-                self._follow(job)
-                if self.now > limit:
-                    self.problems.append(f"no end after {self.now:.0f} s")
+            try:
+                self._until_end(job, limit)
+            finally:
+                if not job.ended():
                     job.kill()
             self.wall = self.now
             if not job.leave():
@@ -100,6 +99,14 @@ class Soak:
                 self.problems.append(f"the job ended with {code}, and nothing had struck it")
         for rank in range(RANKS):
             order_of(self.root, rank).unlink(missing_ok=True)
+
+    def _until_end(self, job: Job, limit: float) -> None:
+        while not job.ended():
+            time.sleep(0.05)
+            self._follow(job)
+            if self.now > limit:
+                self.problems.append(f"no end after {self.now:.0f} s")
+                job.kill()
 
     @property
     def now(self) -> float:
