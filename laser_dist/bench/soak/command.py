@@ -36,8 +36,10 @@ class Settings:
     minutes: float = 20.0
     """That the steps take; ranks sleep for most of it."""
     every: float = 60.0
-    """Mean seconds between faults; the gaps are exponential. One strikes when the one before it is over."""
-    pace: float = 1.0
+    """Mean seconds from a fault to the next one, which waits until that one is over; they are exponential."""
+    faults: int = 0
+    """At most so many; 0: as many as come."""
+    pace: float = 1.5
     """Seconds that a step takes without faults: says how many steps there are."""
     seed: int = 0
     """Of times, faults and ranks."""
@@ -53,6 +55,8 @@ class Settings:
         for name in ("minutes", "every", "pace"):
             if not 0 < getattr(self, name) < 1e6:
                 raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
+        if self.faults < 0:
+            raise UserError(f"--faults {self.faults}: must be 0 or more")
         if self.minutes * 60 < 2 * self.pace:
             raise UserError(f"--minutes {self.minutes:g} --pace {self.pace:g}: no time for two steps")
 
@@ -85,7 +89,7 @@ def _soak(settings: Settings, acts: tuple, root: Path) -> int:
     # In a process of its own: what it starts must not be there in the one that ranks are forked from.
     os.waitpid(warm.fork(lambda: build(root), {}, os.dup(2)), 0)
     steps = round(settings.minutes * 60 / settings.pace)
-    common = (steps, acts, settings.every, settings.seed, settings.cold, settings.pace)
+    common = (steps, acts, settings.every, settings.faults, settings.seed, settings.cold, settings.pace)
     whole = Soak(root, root / "whole", *common)
     whole.run()
     if whole.problems:

@@ -40,8 +40,10 @@ class Strike:
     line: str = ""
     """What the supervisor said of the attempt."""
     settled: bool = False
+    reached: int = 0
+    """The step that its attempt came to."""
     lost: float | None = None
-    """Seconds from the strike until the run was past the step it struck, as it would have been without it."""
+    """Seconds from the strike until the run was further than that."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -54,7 +56,9 @@ class Soak:
     steps: int
     acts: tuple[Act, ...]
     every: float
-    """Mean seconds between strikes."""
+    """Mean seconds from a strike to the next one."""
+    most: int
+    """Strikes; 0 for as many as come."""
     seed: int
     cold: bool
     pace: float
@@ -90,9 +94,8 @@ class Soak:
             self._take(job)
             self._settle(job)
             self._unexplained(job)
-            shutil.copytree(
-                self.output / "launch", self.output.with_name(f"{self.output.name}-job-{self.jobs:03d}")
-            )  # the next one begins anew
+            kept = self.output.with_name(f"{self.output.name}-job-{self.jobs:03d}")
+            shutil.copytree(self.output / "launch", kept)  # the next job writes over it
             code = job.code
             self.printed += job.lines
             if code != 0 and len(self.strikes) == struck:
@@ -130,7 +133,8 @@ class Soak:
         self._take(job)
         self._settle(job)
         self._look(job)
-        if self.seconds and self.now > self.due and (not self.strikes or self.strikes[-1].settled):
+        enough = self.most and len(self.strikes) >= self.most
+        if self.seconds and not enough and self.now > self.due and (not self.strikes or self.strikes[-1].settled):
             self.asked = self.asked or (next(self.drawn), self.rng.randrange(RANKS))
             self._strike(job, *self.asked)
 
@@ -164,7 +168,7 @@ class Soak:
         self.strikes.append(strike)
         strike.number = len(self.strikes)
         self.asked = None
-        self.due += self.rng.expovariate(1 / self.every)
+        self.due = strike.at + self.rng.expovariate(1 / self.every)
 
     def _settle(self, job: Job) -> None:
         """The last strike's end, if it has come."""
@@ -185,12 +189,15 @@ class Soak:
             self.say(strike)
 
     def _look(self, job: Job) -> None:
-        """Whether the run is past the steps that were struck."""
-        if open_ := [strike for strike in self.strikes if strike.lost is None]:
-            step = max((beat.step for beat in job.beats(job.attempt)), default=0)
-            for strike in open_:
-                if step > strike.step:
-                    strike.lost = self.now - strike.at
+        """Whether the run is further than it was when it was struck."""
+        if not (waiting := [strike for strike in self.strikes if strike.lost is None]):
+            return
+        step = max((beat.step for beat in job.beats(job.attempt)), default=0)
+        for strike in waiting:
+            if not strike.settled and strike.act.ends != "nothing":
+                strike.reached = max(strike.reached, step)
+            elif step > max(strike.reached, strike.step):
+                strike.lost = self.now - strike.at
 
     def _unexplained(self, job: Job) -> None:
         explained = {s.attempt for s in self.strikes if s.job == self.jobs and s.act.ends != "nothing"}
