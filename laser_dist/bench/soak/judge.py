@@ -6,7 +6,7 @@ from pathlib import Path
 
 from laser_dist.bench.faults.run import weights
 from laser_dist.run_page.account import Account
-from laser_dist.run_page.read import METRICS, read_run
+from laser_dist.run_page.read import LEDGER, METRICS, read_run
 
 COMPARED = ("loss/", "train/", "weight/", "dev/")
 """Scalars that say what a run computed; the others say how fast, or what a process has seen since its start."""
@@ -54,13 +54,15 @@ def hold(struck: Path, whole: Path, steps: int, wall: float, jobs: int) -> Held:
         if own.get((step, name)) != expected.get((step, name))
     ]  # fmt: skip
     same = bool(hashed := weights(whole, steps)) and weights(struck, steps) == hashed
-    account = read_run(struck).account
+    account = read_run(struck).account if (struck / LEDGER).is_file() else None
     return Held(same, len({step for step, _ in own}), len(own), other, account, wall, jobs)
 
 
 def values(output: Path) -> dict[tuple[int, str], object]:
-    """(step, scalar) -> what metrics.jsonl says; a list of values where it says it more than once."""
+    """(step, scalar) -> what metrics.jsonl says, if there is one; a list of values where it says it more than once."""
     found: dict[tuple[int, str], object] = {}
+    if not (output / METRICS).is_file():
+        return found
     for line in (output / METRICS).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         for name, value in row.items():

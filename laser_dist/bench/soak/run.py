@@ -20,7 +20,7 @@ from laser_dist.launch.ranks import free_port
 RANKS, SAVED_EVERY, EVALUATED_EVERY = 2, 5, 20
 LIMIT = 120.0
 """Seconds from a strike until its attempt must be over: a process that is killed is known in one, a hung one in ten."""
-QUIET = 20.0
+QUIET = 25.0
 """Seconds after a strike that must end nothing in which a false alarm would have come."""
 
 
@@ -124,6 +124,7 @@ class Soak:
         flags = {
             "--output": self.output, "--train.max-steps": self.steps, "--checkpoint.every": SAVED_EVERY,
             "--checkpoint.keep": 2, "--evaluation.every": EVALUATED_EVERY, "--data.timeout": 10,
+            "--launch.hang-seconds": 10,
         }  # fmt: skip
         arguments = [*_words(options), str(self.root / "recipe.toml"), *_words(flags), "--resume"]
         environment = {FAULT: json.dumps(told), "OMP_NUM_THREADS": "1"}
@@ -135,19 +136,18 @@ class Soak:
         self._look(job)
         enough = self.most and len(self.strikes) >= self.most
         if self.seconds and not enough and self.now > self.due and (not self.strikes or self.strikes[-1].settled):
-            self.asked = self.asked or (next(self.drawn), self.rng.randrange(RANKS))
+            if not self.asked:
+                self.asked = act, rank = next(self.drawn), self.rng.randrange(RANKS)
+                if not act.number:
+                    order = {"act": act.name, "when": act.when, "number": len(self.strikes)}
+                    write_json(order_of(self.root, rank), order)  # once: the rank may just be taking it
             self._strike(job, *self.asked)
 
     def _strike(self, job: Job, act: Act, rank: int) -> None:
-        """Now, if the rank can be struck; one that strikes itself is asked to, and may take its time."""
-        if not act.number:
-            if not order_of(self.root, rank).exists():
-                order = {"act": act.name, "when": act.when, "number": len(self.strikes)}
-                write_json(order_of(self.root, rank), order)
-            return
+        """From outside, if the rank can be struck now; one that strikes itself has been told to."""
         attempt = job.attempt
         beats = {beat.rank: beat for beat in job.beats(attempt) if beat.code is None}
-        if rank not in beats or not fits(act.when, beats[rank]) or act.job and len(beats) < RANKS:
+        if not act.number or rank not in beats or not fits(act.when, beats[rank]) or act.job and len(beats) < RANKS:
             return
         beat = beats[rank]
         if processes.send([b.pid for b in beats.values()] if act.job else [beat.pid], act.number):
