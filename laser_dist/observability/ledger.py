@@ -1,4 +1,4 @@
-"""Where the wall time of a run goes, over all its attempts: ledger.jsonl, written by rank 0.
+"""Where the wall time of a run goes, over all its attempts: ledger.jsonl, written by rank 0 and its supervisor.
 
 Unlike metrics.jsonl, from which a resume takes what is about to happen again, nothing is ever taken out: what was lost
 is exactly what stands here twice. A line is written when an attempt starts, after every optimizer step and when the
