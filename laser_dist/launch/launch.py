@@ -9,7 +9,7 @@ from pathlib import Path
 from laser_dist.errors import UserError
 from laser_dist.launch.attempt import SAVED, Attempt, Result, Signals
 from laser_dist.launch.options import HELP, Job, parse
-from laser_dist.observability.ledger import supervised
+from laser_dist.observability.ledger import process_age, supervised
 from laser_dist.run_folder import latest_checkpoint
 from laser_dist.run_page.report import page_at_end
 from laser_dist.watch.pulse import STEPPING
@@ -65,7 +65,7 @@ def _supervise(job: Job, signals: Signals) -> Result:
     progress = [_progress(job.output)]
     died_at: list[int] = []
     for number in range(1, job.max_restarts + 2):
-        supervised(job.output, "attempt", progress[-1])
+        supervised(job.output, "attempt", progress[-1], ago=process_age() if number == 1 else 0.0)
         result = Attempt(job, number, signals, say).run()
         supervised(job.output, "over", _progress(job.output), how=HOW.get(result.code, "failed"))
         head = f"attempt {number} of {job.max_restarts + 1} {result.verdict}"

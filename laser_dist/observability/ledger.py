@@ -72,7 +72,7 @@ class RunLedger:
                 file.write(json.dumps({**line, "time": round(at, 4), **booked}) + "\n")
 
     def __enter__(self) -> "RunLedger":
-        age = _process_age()
+        age = process_age()
         self._since, self._seconds = time.perf_counter() - age, defaultdict(float, ready=age, train=-age)
         if self.enabled:
             _end_last_line(self.file)
@@ -87,13 +87,17 @@ class RunLedger:
         self._write({"event": "end", "step": self.number, "how": how, **why}, time.time())
 
 
-def supervised(output: Path, event: str, step: int, **more: Any) -> None:
-    """A line of the supervisor's, while no rank writes: an "attempt" begins after `step`, or is "over"."""
+def supervised(output: Path, event: str, step: int, *, ago: float = 0.0, **more: Any) -> None:
+    """A line of the supervisor's, while no rank writes: an "attempt" began, `ago` seconds ago, or is "over".
+
+    `step`: of the newest checkpoint.
+    It never fails a run.
+    """
     with contextlib.suppress(OSError):
         output.mkdir(parents=True, exist_ok=True)
         _end_last_line(output / FILE)
         with (output / FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, "step": step, "time": round(time.time(), 4), **more}) + "\n")
+            file.write(json.dumps({"event": event, "step": step, "time": round(time.time() - ago, 4), **more}) + "\n")
 
 
 def _end_last_line(path: Path) -> None:
@@ -105,7 +109,7 @@ def _end_last_line(path: Path) -> None:
                 file.write(b"\n")
 
 
-def _process_age() -> float:
+def process_age() -> float:
     """Seconds since this process was started, by the kernel; 0 where it does not say (no /proc)."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()

@@ -13,7 +13,7 @@ COMPARED = ("loss/", "train/", "weight/", "dev/")
 ALLOWED = 0.01
 """Share of the wall time that the ledger may be wrong by."""
 OUTSIDE = 1.0
-"""Seconds for each job that no ledger can know of: the supervisor's own beginning and end."""
+"""Seconds for each job that no ledger can know of: what its supervisor does when the last attempt is over."""
 
 
 @dataclass
