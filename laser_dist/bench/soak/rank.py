@@ -13,10 +13,10 @@ from typing import Any
 from laser_dist.bench.faults.acts import ACTS
 from laser_dist.files import write_json
 from laser_dist.launch.outcome import ATTEMPT
-from laser_dist.watch.pulse import STEPPING, Beat, Pulse
+from laser_dist.watch.pulse import Beat, Pulse
 
-PARTS = 6
-"""Places of a step at which it waits: where data, wait, forward, loss, backward and optimizer begin."""
+WORK = ("forward", "loss", "backward", "optimizer")
+"""Phases of a step that are made longer; in the others a ledger would take it for waiting for data."""
 
 
 @dataclass
@@ -35,13 +35,13 @@ class Pace:
 
     def wait(self, beat: Beat) -> None:
         """Called as each phase begins."""
-        if not self.until or beat.phase not in STEPPING or beat.phase == "bookkeeping":
+        if not self.until or beat.phase not in WORK:
             return
         if beat.step != self.step:
             self.step, self.began, self.parts = beat.step, time.monotonic(), 0
             self.seconds = min((self.until - self.began) / (self.steps - beat.step + 1), self.longest)
-        self.parts = min(self.parts + 1, PARTS)
-        time.sleep(max(0.0, self.began + self.seconds * self.parts / PARTS - time.monotonic()))
+        self.parts = min(self.parts + 1, len(WORK))
+        time.sleep(max(0.0, self.began + self.seconds * self.parts / len(WORK) - time.monotonic()))
 
 
 def order_of(folder: Path, rank: int) -> Path:
@@ -71,7 +71,7 @@ def fits(when: str, beat: Beat) -> bool:
     return {
         "any": True,
         "met": beat.phase != "start",
-        "step": beat.phase in ("forward", "loss", "backward", "optimizer"),
+        "step": beat.phase in WORK,
         "watched": beat.patience is not None,
         "unwatched": beat.patience is None,
         "save": beat.phase == "save",
