@@ -19,6 +19,7 @@ BENCHMARKS = {
     "latency": "laser_dist.bench.latency",
     "scaling": "laser_dist.bench.scaling",
     "faults": "laser_dist.bench.faults",
+    "soak": "laser_dist.bench.soak",
     "guard": "laser_dist.bench.guard",
     "reliability": "laser_dist.bench.reliability",
 }
@@ -39,6 +40,7 @@ benchmarks:
   guard    Anomalies put into real trainings and clean steps: what is caught, false alarms, overhead
   scaling  Bytes held and sent and FLOPs of a step on 1, 2 and 4 processes, counted, beside what `plan` says
   faults   Real runs struck by faults in every phase: which recover, which stop, who is blamed, how soon
+  soak     One real run, struck again and again for minutes: weights, losses, ledger and verdicts at its end
   reliability   All that must hold when things go wrong, in one table: faults, kills, damage, anomalies, bad input
 
 example:

@@ -8,9 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from laser_dist.errors import UserError
-from laser_dist.launch.attempt import Attempt, Result, Signals
+from laser_dist.launch.attempt import SAVED, Attempt, Result, Signals
 from laser_dist.launch.options import DEFAULT_PORT, HELP, Job, parse
 from laser_dist.launch.ranks import free_port, port_is_free
+from laser_dist.observability.ledger import process_age, supervised
 from laser_dist.run_folder import latest_checkpoint
 from laser_dist.run_page.report import page_at_end
 from laser_dist.watch.pulse import STEPPING
@@ -19,6 +20,8 @@ from laser_dist.watch.verdict import Verdict
 LONGEST_BACKOFF = 300.0
 WAIT_FOR_HOSTS = 600.0
 """Seconds that a host may take to come back before a restart; a reboot takes minutes."""
+HOW = {0: "finished", SAVED: "stopped"}
+"""An attempt's end for the ledger, by its code."""
 
 
 def main(arguments: list[str]) -> int:
@@ -80,7 +83,9 @@ def _supervise(job: Job, signals: Signals) -> Result:
     progress = [_progress(job.output)]
     died_at: list[int] = []
     for number in range(1, job.max_restarts + 2):
+        supervised(job.output, "attempt", progress[-1], ago=process_age() if number == 1 else 0.0)
         result = Attempt(job, number, signals, say).run()
+        supervised(job.output, "over", _progress(job.output), how=HOW.get(result.code, "failed"))
         head = f"attempt {number} of {job.max_restarts + 1} {result.verdict}"
         if result.code != 1 or signals.count:
             say(head)
@@ -98,7 +103,7 @@ def _supervise(job: Job, signals: Signals) -> Result:
         pause = min(job.backoff * 2 ** (number - 1), LONGEST_BACKOFF)
         say(f"{head}; restart {number} of {job.max_restarts} in {pause:.0f} s, from {where}")
         if not _wait(pause, signals) or not _hosts_back(job, signals):
-            return result
+            return replace(result, code=SAVED) if signals.count else result
     raise AssertionError("unreachable")
 
 
@@ -163,5 +168,5 @@ def _wait(seconds: float, signals: Signals) -> bool:
     while time.monotonic() < deadline and not signals.count:
         time.sleep(0.1)
     if signals.count:
-        say(f"{signals.name}: no restart")
+        say(f"{signals.name}: no restart; --resume goes on")
     return not signals.count

@@ -60,8 +60,8 @@ def own_folder(output: str | Path) -> Path:
 def reported(output: str | Path, watchdog: Watchdog | None = None) -> Iterator[Outcome]:
     """Around a rank's work, which sets `code` where it is not 0; leaves the outcome behind if a supervisor asked.
 
-    What another rank caused is told as that rank's failure. An error that is not the user's to mend ends the process
-    here, where ranks are watched: its last line is the verdict.
+    What another rank caused is told as that rank's failure, also where a UserError was made of it. An error that is not
+    the user's to mend ends the process here, where ranks are watched: its last line is the verdict.
     """
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     outcome = Outcome(rank, ranks, socket.gethostname(), 0)
@@ -92,8 +92,9 @@ def reported(output: str | Path, watchdog: Watchdog | None = None) -> Iterator[O
         reason = shown(first if isinstance(error, UserError) else f"{type(error).__name__}: {first}")
         if watchdog and watchdog.active:
             unexpected = isinstance(error, Exception) and not isinstance(error, UserError)
-            watchdog.fail(error, code, reason, shown=unexpected)
-            if unexpected:
+            told = watchdog.fail(error, code, reason, shown=unexpected)
+            if unexpected or told != code:  # what is not the user's to mend is not said to be
+                code = told
                 watchdog.leave(code, reason)
         leave(code, reason)
         raise

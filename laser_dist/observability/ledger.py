@@ -1,4 +1,4 @@
-"""Where the wall time of a run goes, over all its attempts: ledger.jsonl, written by rank 0.
+"""Where the wall time of a run goes, over all its attempts: ledger.jsonl, written by rank 0 and its supervisor.
 
 Unlike metrics.jsonl, from which a resume takes what is about to happen again, nothing is ever taken out: what was lost
 is exactly what stands here twice. A line is written when an attempt starts, after every optimizer step and when the
@@ -10,7 +10,11 @@ attempt ends. Times are seconds since the epoch; durations are seconds by the mo
     {"event": "end", "time": 1763870027.2, "step": 2, "how": "finished"}
 
 `time` of a start is when the process began, and `ready` how long it took to its first step. An attempt that was killed
-has no end.
+has no end. `laser-dist launch` writes when it begins an attempt and when it is over, so that those that came to no step
+stand here, too:
+
+    {"event": "attempt", "time": 1763869990.0, "step": 0}
+    {"event": "over", "time": 1763870031.5, "step": 2, "how": "finished"}
 """
 
 import contextlib
@@ -68,7 +72,7 @@ class RunLedger:
                 file.write(json.dumps({**line, "time": round(at, 4), **booked}) + "\n")
 
     def __enter__(self) -> "RunLedger":
-        age = _process_age()
+        age = process_age()
         self._since, self._seconds = time.perf_counter() - age, defaultdict(float, ready=age, train=-age)
         if self.enabled:
             _end_last_line(self.file)
@@ -83,6 +87,19 @@ class RunLedger:
         self._write({"event": "end", "step": self.number, "how": how, **why}, time.time())
 
 
+def supervised(output: Path, event: str, step: int, *, ago: float = 0.0, **more: Any) -> None:
+    """A line of the supervisor's, while no rank writes: an "attempt" began, `ago` seconds ago, or is "over".
+
+    `step`: of the newest checkpoint.
+    It never fails a run.
+    """
+    with contextlib.suppress(OSError):
+        output.mkdir(parents=True, exist_ok=True)
+        _end_last_line(output / FILE)
+        with (output / FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, "step": step, "time": round(time.time() - ago, 4), **more}) + "\n")
+
+
 def _end_last_line(path: Path) -> None:
     """A kill can cut the last line off: what follows must not join it."""
     with contextlib.suppress(OSError), path.open("rb+") as file:
@@ -92,7 +109,7 @@ def _end_last_line(path: Path) -> None:
                 file.write(b"\n")
 
 
-def _process_age() -> float:
+def process_age() -> float:
     """Seconds since this process was started, by the kernel; 0 where it does not say (no /proc)."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()

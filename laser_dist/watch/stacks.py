@@ -89,8 +89,17 @@ def in_collective() -> bool:
     return any(part in frame.f_code.co_filename for frame in frames for part in _WAITING)
 
 
-def is_communication(error: BaseException) -> bool:
-    """Whether an error came up in a collective: the loss of a peer looks like this, and is not this rank's fault."""
+def communication(error: BaseException | None) -> BaseException | None:
+    """The error of a collective that `error` is, or is a message about; None if there is none.
+
+    The loss of a peer looks like this, and is not this rank's fault.
+    """
+    while error is not None and not _is_communication(error):
+        error = error.__cause__
+    return error
+
+
+def _is_communication(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError | ValueError):
         return False
     frames = list(traceback.walk_tb(error.__traceback__))

@@ -89,16 +89,19 @@ class Watchdog:
             self.pulse.end(code)
             self._stop()
 
-    def fail(self, error: BaseException, code: int, reason: str, *, shown: bool) -> None:
+    def fail(self, error: BaseException, code: int, reason: str, *, shown: bool) -> int:
         """Called by the training thread with what ended it: finds out whose fault that is, and leaves the verdict.
 
-        `shown`: with its traceback on stderr, unless another rank caused it.
+        Returns the exit code: 1 where another rank caused it, whatever the message says that was made of it; else
+        `code`. `shown`: with its traceback on stderr, unless another rank caused it.
         """
         if not self.claimed.acquire(blocking=False):
             time.sleep(600)  # the other thread is about to end the process
         self.found_at = time.time()
         self._insist()
-        found = self._explain(error) if stacks.is_communication(error) else None
+        lost = stacks.communication(error)
+        found = self._explain(lost) if lost else None
+        code = 1 if found else code
         finding = found or Finding(self.own.rank, "failed", reason)
         self.pulse.end(code, finding.rank, finding.kind, finding.cause)
         if found:
@@ -107,6 +110,7 @@ class Watchdog:
             traceback.print_exception(error)
         self._conclude(finding)
         self._stop()
+        return code
 
     def leave(self, code: int, reason: str) -> NoReturn:
         """End this process now: threads of a collective that nobody completes would keep it alive."""

@@ -16,6 +16,7 @@ from laser_dist.launch import launch, processes
 from laser_dist.launch.attempt import Attempt
 from laser_dist.launch.options import parse
 from laser_dist.recipe import read_recipe
+from laser_dist.run_page.account import account
 
 # Reads what to do in this attempt from its line of `plan`: save a checkpoint, speak as rank 0, leave, hang, exit.
 FAKE = """
@@ -194,6 +195,29 @@ def test_a_signal_asks_ranks_to_save_and_ends_the_supervision(job, tmp_path: Pat
     assert time.monotonic() - began < 50 and (tmp_path / "saved").exists()
     told = capfd.readouterr().err
     assert "SIGTERM: asked the ranks to save and stop" in told and "1 on this host" in told
+
+
+def test_a_signal_between_two_attempts_is_a_clean_stop(job, capfd: pytest.CaptureFixture) -> None:
+    """It ended with the failed attempt's code, and a scheduler that starts a run again after 75 did not."""
+    later = """
+import os, signal, sys, time
+while '"over"' not in open(sys.argv[2]).read():
+    time.sleep(0.05)
+time.sleep(2)
+os.kill(int(sys.argv[1]), signal.SIGTERM)
+"""
+    watcher = [sys.executable, "-c", later]
+    told = "[str(os.getppid()), str(output / 'ledger.jsonl')]"
+    left = f"subprocess.Popen({watcher!r} + {told}, env={{}}, start_new_session=True)"
+    assert job(f"save(4); {left}; sys.exit(1)", "speak(0)", options=("--max-restarts", "5", "--backoff", "200")) == 75
+    assert len(job.commands) == 1 and "SIGTERM: no restart; --resume goes on" in capfd.readouterr().err
+
+
+def test_attempts_stand_in_the_ledger(job) -> None:
+    assert job("sys.exit(1)", "save(4); speak(75); sys.exit(75)") == 75
+    found = account(json.loads(line) for line in (job.output / "ledger.jsonl").read_text().splitlines())
+    assert found is not None and [(a.started, a.how) for a in found.attempts] == [(False, "failed"), (False, "stopped")]
+    assert found.parts["restart"] > 0 and abs(found.unaccounted) < 0.01
 
 
 @pytest.mark.parametrize(

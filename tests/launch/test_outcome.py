@@ -1,5 +1,7 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
@@ -44,6 +46,22 @@ def test_a_signal_before_the_first_step_is_no_failure(tmp_path: Path, monkeypatc
     assert outcome.code == 75
     [told] = [json.loads(path.read_text()) for path in folder(tmp_path, 1).iterdir()]
     assert (told["code"], told["reason"]) == (75, "SIGTERM came before the first step")
+
+
+@pytest.mark.parametrize("caused_elsewhere", [True, False])
+def test_a_message_about_a_lost_peer_gets_no_users_code(tmp_path: Path, caused_elsewhere: bool) -> None:
+    """`cannot load its weights: connection closed` ended a run for good that a restart would have mended."""
+    left: list[int] = []
+
+    def leave(code: int, reason: str) -> NoReturn:
+        left.append(code)
+        raise SystemExit(code)
+
+    fail = lambda error, code, reason, shown: 1 if caused_elsewhere else code  # noqa: E731
+    watchdog = SimpleNamespace(active=True, fail=fail, leave=leave, start=lambda: None, close=lambda code: None)
+    with pytest.raises(SystemExit if caused_elsewhere else UserError), reported(tmp_path, watchdog):  # type: ignore[arg-type]
+        raise UserError("cannot load its weights")
+    assert left == ([1] if caused_elsewhere else [])
 
 
 def test_without_a_supervisor_the_last_line_says_what_to_do(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from laser_dist.errors import UserError
-from laser_dist.observability.ledger import RunLedger
+from laser_dist.observability.ledger import RunLedger, supervised
 from laser_dist.run_page.account import account
 
 
@@ -65,7 +65,7 @@ def test_a_folder_that_is_gone_does_not_end_a_run(tmp_path: Path) -> None:
 _RUN = """
 import sys, time
 from pathlib import Path
-from laser_dist.observability.ledger import RunLedger
+from laser_dist.observability.ledger import RunLedger, supervised
 first, total = int(sys.argv[2]), 6
 with RunLedger(Path(sys.argv[1]), start_step=first, total_steps=total, enabled=True) as ledger:
     for step in range(first + 1, total + 1):
@@ -126,6 +126,76 @@ def test_time_between_a_clean_stop_and_the_next_start_is_no_loss() -> None:
     assert found is not None
     assert found.parts["paused"] == 1000 and found.parts["start"] == 15 and found.parts["restart"] == 0
     assert found.wall == 1025 and found.goodput == pytest.approx(9 / 25)
+
+
+def test_attempts_that_came_to_no_step_stand_in_the_account(tmp_path: Path) -> None:
+    """Killed while the model loaded, they were the run's pause, or nothing if they were the first."""
+    found = account(
+        [
+            {"event": "attempt", "time": 90.0, "step": 0},
+            {"event": "over", "time": 98.0, "step": 0, "how": "failed"},
+            {"event": "attempt", "time": 99.0, "step": 0},
+            {"event": "start", "time": 102.0, "ready": 10.0, "step": 0, "ranks": 2},
+            {"step": 1, "time": 115.0, "train": 2.0, "save": 1.0},
+            {"event": "end", "time": 115.5, "step": 1, "how": "stopped", "train": 0.5},
+            {"event": "over", "time": 116.0, "step": 1, "how": "stopped"},
+            {"event": "attempt", "time": 1116.0, "step": 1},
+            {"event": "over", "time": 1156.0, "step": 1, "how": "failed"},
+            {"event": "attempt", "time": 1160.0, "step": 1},
+            {"event": "start", "time": 1161.0, "ready": 5.0, "step": 1, "ranks": 2},
+            {"step": 2, "time": 1170.0, "train": 4.0},
+            {"event": "over", "time": 1190.0, "step": 1, "how": "failed"},
+        ]
+    )
+    assert found is not None and found.parts == {
+        "train": 6.5, "data wait": 0, "save": 1, "evaluate": 0, "rehearsal": 0, "lost": 0, "start": 0,
+        "restart": 8 + 1 + 13 + 40 + 4 + 6 + 20, "paused": 1000.5,
+    }  # fmt: skip
+    assert found.wall == 1100 and found.unaccounted == 0
+    ended = [(a.started, a.how, a.first, a.last) for a in found.attempts]
+    assert ended == [(False, "failed", 0, 0), (True, "stopped", 0, 1), (False, "failed", 1, 1), (True, "failed", 1, 2)]
+
+
+def test_what_an_attempt_lost_shows_when_the_next_one_that_starts_begins_before_it() -> None:
+    rows = [{"step": step, "time": 110.0 + step, "train": 1.0} for step in (1, 2, 3)]
+    found = account(
+        [
+            {"event": "start", "time": 100.0, "ready": 10.0, "step": 0, "ranks": 1},
+            *rows,
+            {"event": "attempt", "time": 120.0, "step": 3},
+            {"event": "over", "time": 121.0, "step": 3, "how": "failed"},
+            {"event": "attempt", "time": 122.0, "step": 3},  # its newest checkpoint is damaged
+            {"event": "start", "time": 123.0, "ready": 1.0, "step": 2, "ranks": 1},
+        ]
+    )
+    assert found is not None and (found.parts["train"], found.parts["lost"]) == (2, 1)
+
+
+def test_a_clock_that_is_set_back_makes_no_part_negative() -> None:
+    found = account(
+        [
+            {"event": "start", "time": 100.0, "ready": 10.0, "step": 0, "ranks": 1},
+            {"step": 1, "time": 3715.0, "train": 5.0},
+            {"event": "start", "time": 117.0, "ready": 3.0, "step": 1, "ranks": 1},
+            {"step": 2, "time": 125.0, "train": 5.0},
+        ]
+    )
+    assert found is not None and found.parts["restart"] == 3 and found.parts["train"] == 10
+    assert found.unaccounted == pytest.approx(2)
+
+
+def test_a_supervisor_writes_beside_the_ranks(tmp_path: Path) -> None:
+    output = tmp_path / "new"
+    supervised(output, "attempt", 0)
+    with RunLedger(output, start_step=0, total_steps=2, enabled=True) as ledger:
+        ledger.step(1)
+    with (output / "ledger.jsonl").open("a") as file:
+        file.write('{"step": 2, "ti')
+    supervised(output, "over", 0, how="failed")
+    texts = (output / "ledger.jsonl").read_text().splitlines()
+    found = account(json.loads(text) for text in texts if not text.endswith('"ti'))
+    assert len(texts) == 6 and found is not None
+    assert [(a.started, a.how) for a in found.attempts] == [(True, "failed")]
 
 
 @pytest.mark.parametrize(

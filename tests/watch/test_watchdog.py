@@ -144,6 +144,22 @@ def test_the_lost_rank_is_named_and_not_the_one_that_complains(job) -> None:
     assert "Connection closed by peer" in run.stacks(0)
 
 
+def test_a_message_made_of_a_lost_connection_is_not_the_users_to_mend(job) -> None:
+    """A rank killed while the model loaded: the other said `cannot load its weights`, and the run was not restarted."""
+    others = """
+try:
+    exec(LOST)
+except RuntimeError as error:
+    raise UserError("model.name: cannot load its weights") from error
+"""
+    run = job("time.sleep(0.5); os._exit(0)", f"time.sleep(0.2){others}")
+    assert run.codes() == [1, 0, 1]
+    told = verdict.read(run.folder)
+    assert (told.rank, told.kind, told.mendable) == (1, "died", False)
+    assert "Traceback" not in run.told() and run.told().count("laser-dist: rank 1") == 1
+    assert "cannot load its weights" in run.stacks(0)
+
+
 def test_all_ranks_that_fail_alike_speak_for_themselves(job) -> None:
     run = job("raise UserError('mend this')", "time.sleep(0.5); raise UserError('mend this')")
     assert run.codes() == [1, 1, 1]  # Python's own code for an error that nobody catches

@@ -102,10 +102,11 @@ def whole_job_paused() -> None:
     """All ranks stop and go on VERY_SLOW seconds later, as when a laptop's lid is closed."""
     pids = _ranks()
     code = (
-        "import os, signal, sys, time\n"
+        "import contextlib, os, signal, sys, time\n"
         "pids = list(map(int, sys.argv[2:]))\n"
         "for number, pause in ((signal.SIGSTOP, float(sys.argv[1])), (signal.SIGCONT, 0)):\n"
-        "    for pid in pids: os.kill(pid, number)\n"
+        "    for pid in pids:\n"
+        "        with contextlib.suppress(ProcessLookupError): os.kill(pid, number)\n"
         "    time.sleep(pause)\n"
     )
     subprocess.Popen([sys.executable, "-Ic", code, str(VERY_SLOW), *map(str, pids)], start_new_session=True)

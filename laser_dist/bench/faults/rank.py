@@ -21,6 +21,11 @@ FAULT = "LASER_DIST_BENCH_FAULT"
 
 def main(arguments: list[str]) -> int:
     fault = json.loads(os.environ[FAULT])
+    if "folder" in fault:  # `laser-dist bench soak`: what strikes, and when, is told to the rank at work
+        from laser_dist.bench.soak.rank import prepare
+
+        prepare(fault)
+        return run("laser_dist.train", arguments)
     due = fault["act"] and int(os.environ["RANK"]) == fault["rank"] and int(os.environ[ATTEMPT]) <= fault["attempts"]
     if due and fault["phase"] == "init":
         _before_ranks_meet(fault)

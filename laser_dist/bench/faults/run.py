@@ -113,10 +113,10 @@ def _start_again(root: Path, output: Path, cold: bool) -> list[str]:
     return [f"started again, it ends with {code}", *(line for _, line in lines[-5:])] if code else []
 
 
-def weights(output: Path) -> str:
+def weights(output: Path, steps: int = STEPS) -> str:
     """Hash of the model after the last step, by the manifest; '' if the run did not come so far."""
     try:
-        manifest = output / "checkpoints" / f"step-{STEPS:06d}" / "manifest.json"
+        manifest = output / "checkpoints" / f"step-{steps:06d}" / "manifest.json"
         return str(json.loads(manifest.read_text())["files"]["model/model.safetensors"]["sha256"])
     except (OSError, KeyError):
         return ""
@@ -132,7 +132,7 @@ def _launch(
     options = ["--num_accelerators", "2", "--max-restarts", "2", "--backoff", "0", *options]
     arguments = [*options, str(root / "recipe.toml"), "--output", str(output), *row.flags, *flags]
     environment = {FAULT: json.dumps(fault), FOLDER: str(output), "OMP_NUM_THREADS": "1"}
-    process = (_cold if cold else warm.start)(arguments, environment, log := output.with_suffix(".log"))
+    process = (start_cold if cold else warm.start)(arguments, environment, log := output.with_suffix(".log"))
     try:
         lines = [(time.time(), line.rstrip()) for line in forked.lines(process, log, LIMIT)]
     finally:
@@ -141,7 +141,7 @@ def _launch(
     return process.wait(), lines
 
 
-def _cold(arguments: list[str], environment: dict[str, str], output: Path) -> forked.Process:
+def start_cold(arguments: list[str], environment: dict[str, str], output: Path) -> forked.Process:
     """`laser-dist launch` in a process of its own, with DeepSpeed's launcher."""
     with output.open("wb") as file:
         return subprocess.Popen(
