@@ -28,6 +28,8 @@ Examples:
   laser-dist bench reliability --out /tmp/quick --quick
   laser-dist bench reliability --out reliability/ --only faults --again
 """
+OUT = {"faults": ".", "soak": "soak"}
+"""Parts that write more than one file."""
 TESTS = Path(__file__).parents[2] / "tests"
 
 
@@ -76,6 +78,12 @@ PARTS = {
         ("guard", "--clean", "20", "--rounds", "0"),
         r"anomalies caught|false alarms|the guard takes",
     ),
+    "soak": Part(
+        "a run struck every minute for 20 minutes ends as without faults, and its ledger holds every second",
+        ("soak",),
+        ("soak", "--minutes", "0.07", "--pace", "0.5", "--every", "0.5", "--faults", "1", "--only", "killed"),
+        r"faults in|^- ",
+    ),
     "inputs": Part(
         "bad input is named with its remedy, hostile input does nothing",
         ("pytest", "bad_input", "hostile"),
@@ -92,7 +100,7 @@ class Settings:
     out: Path
     """Folder for reliability.md and for what every part printed and measured."""
     only: tuple[str, ...] = ()
-    """These parts only: faults, saves, runs, damage, guard, inputs."""
+    """These parts only: faults, saves, runs, damage, guard, soak, inputs."""
     quick: bool = False
     """A few rows of each part, in minutes: to see how it works."""
     again: bool = False
@@ -161,7 +169,7 @@ def _command(name: str, settings: Settings) -> tuple[str, list[str]]:
     told = f"pytest {' '.join(f'tests/{word}' for word in words[1:])}" if words[0] == "pytest" else " ".join(words)
     if words[0] == "pytest":
         return told, ["-q", "-n", "2", "--no-header", *(str(TESTS / word) for word in words[1:])]
-    return told, [*words, "--out", str(settings.out if name == "faults" else settings.out / f"{name}.json")]
+    return told, [*words, "--out", str(settings.out / OUT.get(name, f"{name}.json"))]
 
 
 def _run(name: str, settings: Settings) -> Held:
