@@ -25,16 +25,10 @@ from typing import Any, Protocol
 
 LATE = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"),
-    *(
-        "LASER_DIST_",
-        "PYTEST_",
-        "SLURM_",
-        "PYTHONPATH",
-        "PYTHONFAULTHANDLER",
-        "OMP_NUM_THREADS",
-        "TOKENIZERS_PARALLELISM",
-    ),
-    *("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"),  # torch sets them for itself
+    *("LASER_DIST_", "PYTEST_", "SLURM_", "PYTHONPATH", "PYTHONFAULTHANDLER", "OMP_NUM_THREADS"),
+    *("TOKENIZERS_PARALLELISM", "WDS_SECURE"),
+    # torch sets them for itself; commands that ran in this process set the last one, as the server does.
+    *("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK", "DS_ACCELERATOR"),
 )
 """Names of variables, or their beginnings, that nothing reads while it is imported, or that are seen to below."""
 PATIENCE = 30.0

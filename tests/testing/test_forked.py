@@ -108,3 +108,12 @@ def test_what_is_read_at_an_import_is_read_anew(tmp_path: Path) -> None:
 def test_only_modules_are_run_in_the_place_of_a_command(tmp_path: Path) -> None:
     with pytest.raises(AssertionError), (tmp_path / "log").open("wb") as log:
         popen(["deepspeed", "-m", "x"], env={}, stdout=log, stderr=subprocess.STDOUT)
+
+
+def test_a_command_that_ran_in_this_process_does_not_make_later_starts_slow(tmp_path, monkeypatch) -> None:
+    """It named the accelerator, so that every later test's ranks imported everything for themselves."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("WDS_SECURE", "1")
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert start(print, "here", env=os.environ, output=tmp_path / "output").wait() == 0
+    assert (tmp_path / "output").read_text() == "here\n"
