@@ -114,6 +114,8 @@ DIED = Verdict(1, "here", 3, "forward", "died", "its process is gone", told_by=0
         ("requeue", "", None, 2, 0, "exit code"),
         ("requeue", "", DIED, 1, 75, "verdict: rank 1"),
         ("mended", "died", DIED, 1, 2, ""),
+        ("mended", "died", replace(DIED, rank=0, cause="cannot be saved: rank 1: no space"), 1, 2, ""),
+        ("mended", "died", replace(DIED, rank=0, cause="cannot be saved: rank 0: no space"), 1, 2, "verdict: rank 0"),
         ("nothing", "", None, 0, None, ""),
         ("nothing", "", None, 1, 0, ""),  # it finished
         ("nothing", "", DIED, 2, None, "it ended the attempt"),
