@@ -21,13 +21,14 @@ SEED = 1
 BEAT = Beat(1, 2, "here", 1, 1, 1, step=7, phase="forward", patience=6.0)
 
 
+@pytest.mark.slow
 def test_a_struck_run_ends_as_one_that_nothing_struck(tmp_path: Path) -> None:
     """A failure, and a request to stop: the same weights and losses, and every second accounted for.
 
     The loader dies in a step, and the job is asked to stop as soon as it has started again.
     """
     flags = ("--minutes", 0.07, "--pace", 0.5, "--every", 0.5, "--faults", 2, "--seed", SEED)
-    done = run_command("bench", "soak", *flags, "--only", "loader killed", "SIGTERM", "--out", tmp_path)
+    done = run_command("bench", "soak", *flags, "--only", "loader killed", "SIGTERM", "--out", tmp_path, timeout=900)
     assert (tmp_path / "soak.json").is_file(), done.stdout + done.stderr
     told = json.loads((tmp_path / "soak.json").read_text())
     problems = [text for text in told["problems"] if not text.startswith("the ledger is")]  # to 1 %, on an idle machine
@@ -113,6 +114,8 @@ DIED = Verdict(1, "here", 3, "forward", "died", "its process is gone", told_by=0
         ("requeue", "", None, 2, 0, "exit code"),
         ("requeue", "", DIED, 1, 75, "verdict: rank 1"),
         ("mended", "died", DIED, 1, 2, ""),
+        ("mended", "died", replace(DIED, rank=0, cause="cannot be saved: rank 1: no space"), 1, 2, ""),
+        ("mended", "died", replace(DIED, rank=0, cause="cannot be saved: rank 0: no space"), 1, 2, "verdict: rank 0"),
         ("nothing", "", None, 0, None, ""),
         ("nothing", "", None, 1, 0, ""),  # it finished
         ("nothing", "", DIED, 2, None, "it ended the attempt"),
