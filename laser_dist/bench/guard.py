@@ -29,11 +29,12 @@ Examples:
   laser-dist bench guard --no-anomalies --clean 0 --rounds 40 --model .cache/laser_dist/smollm2-135m --layers 4
 """
 
-# Clean runs besides the long one: name, share of its steps, ranks, flags.
+# Clean runs besides the long one: name, share of its steps, ranks, flags. Adapters on a tiny model with random weights
+# diverge at higher rates: losses of 35 after 5 and gradients 1,000 times the median's, which is no clean step.
 VARIANTS: tuple[tuple[str, float, int, tuple[str, ...]], ...] = (
     ("float32, ZeRO-0", 1.0, 1, ()),
     ("LoRA with dropout, ZeRO-1", 0.1, 1, ("--model.lora-rank", "4", "--model.lora-dropout", "0.1",
-                                           "--train.deepspeed", "zero1", "--optimizer.learning-rate", "1e-2")),
+                                           "--train.deepspeed", "zero1", "--optimizer.learning-rate", "5e-4")),
     ("bfloat16, ZeRO-2", 0.1, 1, ("--model.dtype", "bfloat16", "--train.deepspeed", "zero2")),
     ("two ranks, ZeRO-3, two micro-batches", 0.05, 2, ("--train.deepspeed", "zero3-test", "--train.accumulation", "2",
                                                        "--train.queries-per-rank", "2")),
