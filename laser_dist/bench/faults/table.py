@@ -102,7 +102,7 @@ ERRORS = (
     Row("a mistake of the user", "forward", "stopped", "failed", "injected mistake"),
     Row("loader killed", "forward", "recovered", "failed", "DataLoader worker", placed=False),
     Row("killed", "forward", "stopped", "died", "step 5 killed the run twice", attempts=ALWAYS),
-    Row("disk full", "save", "recovered", "failed", "", step=4),
+    Row("disk full", "save", "mended", "", "cannot be saved", step=4),
 )
 MACHINE = (
     Row("", "init", "unharmed", machine="the usual port is taken"),
