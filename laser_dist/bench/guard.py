@@ -13,20 +13,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from laser_dist.errors import UserError
 from laser_dist.files import write_json
+from laser_dist.model.embedded import CACHED_BACKBONE
 
 HELP = """Put anomalies into trainings of a tiny model, train it cleanly, and time the guard.
 
 Examples:
   laser-dist bench guard
   laser-dist bench guard --clean 500 --rounds 0
-  laser-dist bench guard --no-anomalies --clean 0 --rounds 40 --model .cache/laser_dist/smollm2-135m --layers 4
+  laser-dist bench guard --no-anomalies --clean 0 --rounds 20 --model .cache/laser_dist/smollm2-135m --layers 4
 """
 
 # Clean runs besides the long one: name, share of its steps, ranks, flags. Adapters on a tiny model with random weights
@@ -50,12 +51,13 @@ class Settings:
     """Put the anomalies in."""
     clean: int = 10_000
     """Clean steps of the longest run; the others take a share of it. 0: none."""
-    rounds: int = 20
+    rounds: int = 6
     """Pairs of rounds with and without the guard; 0: none."""
-    steps: int = 5
+    steps: int = 3
     """Steps of a round."""
     model: str | None = None
-    """Hub id or folder for the rounds; unset: the tiny model of the other parts, whose steps take milliseconds."""
+    """Hub id or folder for the rounds; unset: the first 2 layers of the quickstart's backbone, or, where that is not
+    cached, the tiny model of the other parts, whose steps take milliseconds."""
     layers: int | None = None
     """Keep only the first n decoder layers of it."""
     queries: int = 8
@@ -72,6 +74,8 @@ def main(arguments: list[str]) -> int:
     for name, least in (("clean", 0), ("rounds", 0), ("steps", 1), ("queries", 2)):
         if getattr(settings, name) < least:
             raise UserError(f"--{name} {getattr(settings, name)}: must be at least {least}")
+    if settings.model is None and (CACHED_BACKBONE / "config.json").is_file():
+        settings = replace(settings, model=str(CACHED_BACKBONE.absolute()), layers=settings.layers or 2)
     with tempfile.TemporaryDirectory(prefix="laser-dist-guard-") as name:
         root = Path(name)
         recipe = prepare(root)
@@ -212,7 +216,7 @@ def overhead_of_rank(
         seconds[on].append((time.perf_counter() - began[0], time.process_time() - began[1], inside[0] - began[2]))
     pairs = list(zip(seconds[True], seconds[False], strict=True))[1:]  # the first round warms up
     return {
-        "model": config.model.name if settings["model"] else "tiny",
+        "model": Path(config.model.name).name if settings["model"] else "tiny",
         "layers": settings["layers"],
         "rounds": rounds,
         "steps": steps,
