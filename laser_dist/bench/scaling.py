@@ -140,6 +140,7 @@ def case_of(job: Job) -> Any:
         dtype=job.dtype,
         lora_rank=job.lora_rank,
         checkpointing=job.checkpointing,
+        chunks=job.chunks,
     )
 
 

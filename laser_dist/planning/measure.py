@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from laser_dist.batch import PackedBatch, TokenSequence, pack
 from laser_dist.config import ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
 from laser_dist.distributed.engine import Engine, init_distributed
+from laser_dist.distributed.grad_cache import GradCache
 from laser_dist.model.attention import NAME as PACKED_ATTENTION
 from laser_dist.model.backbone import DTYPES, prepare_for_training
 from laser_dist.model.retriever import LaserRetriever
@@ -44,6 +45,7 @@ class Case:
     dtype: str = "float32"
     lora_rank: int = 0
     checkpointing: bool = False
+    chunks: int = 1  # GradCache's
     published: bool = False  # the published step instead of ours, to compare with
 
 
@@ -110,17 +112,20 @@ def prepared(case: Case, rank: int) -> tuple[Engine, Callable[..., Tensor]]:
         lm.set_attn_implementation("sdpa")  # type: ignore[operator]
         retriever = PublishedStep(lm, steps=case.steps, checkpointing=case.checkpointing)
         loss_of = functools.partial(all_rows_loss, objective)
-    engine = Engine(retriever, build_optimizer(retriever, run.optimizer), case.ds_config)
+    lora_once = case.chunks > 1 and case.lora_rank > 0  # as train.reduce_gradients has it by default
+    engine = Engine(retriever, build_optimizer(retriever, run.optimizer), case.ds_config, reduce_once=lora_once)
+    cache = GradCache(engine)
     batch = random_batch(case, rank).to(engine.device)
 
     def forward_backward(saved: dict[int, int] | None = None) -> Tensor:
         if saved is None:
-            loss = loss_of(engine(batch), batch, 0).total
+            views = cache.forward(batch, case.chunks)
         else:
             with saving(saved, engine.module.parameters()):
-                views = engine(batch)
-            loss = loss_of(views, batch, 0).total
-        engine.backward(loss)
+                views = cache.forward(batch, case.chunks)
+        loss = loss_of(views, batch, 0).total
+        with engine.reduction():
+            cache.backward(loss)
         return loss
 
     return engine, forward_backward

@@ -31,6 +31,18 @@ def test_plan_is_within_15_percent_of_what_two_ranks_do():
         assert row["peak_bytes_planned"] == pytest.approx(row["peak_bytes"], rel=0.15), (case, "peak")
 
 
+@pytest.mark.slow
+def test_gradcache_is_planned_as_it_runs(two_layers):
+    """Under ZeRO-3 chunks gathered three times what was planned: between them nothing stays, whatever may."""
+    jobs = [dataclasses.replace(job_of(name, 2, 0, False), chunk_tokens=128) for name in ("zero2", "zero3")]
+    found = run_distributed(count_steps, 2, [case_of(job) for job in jobs], timeout=300)[0]
+    for job, counted in zip(jobs, found, strict=True):
+        row = scaling._row(job, counted)
+        assert job.chunks == 3 and row["state_bytes_planned"] == pytest.approx(row["state_bytes"], rel=0.01)
+        for name in ("flops", "sent_bytes", "peak_bytes"):
+            assert row[f"{name}_planned"] == pytest.approx(row[name], rel=0.15), (job.strategy.name, name)
+
+
 @pytest.fixture
 def two_layers(monkeypatch):
     """What a layer costs shows in two as it does in four."""
