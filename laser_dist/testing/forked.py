@@ -21,14 +21,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 LATE = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"),
     *("LASER_DIST_", "PYTEST_", "SLURM_", "PYTHONPATH", "PYTHONFAULTHANDLER", "OMP_NUM_THREADS"),
     *("TOKENIZERS_PARALLELISM", "WDS_SECURE"),
-    # torch sets them for itself; commands that ran in this process set the last one, as the server does.
-    *("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK", "DS_ACCELERATOR"),
+    # torch sets them for itself, as do scikit-learn and polars once they are imported; commands that ran in this
+    # process set the last one, as the server does.
+    *("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK", "KMP_", "_RJEM_", "DS_ACCELERATOR"),
 )
 """Names of variables, or their beginnings, that nothing reads while it is imported, or that are seen to below."""
 PATIENCE = 30.0
@@ -88,7 +89,10 @@ def start(
     errors = errors or output
     if _imported_alike(env):
         return _Forked(_server, call, arguments, dict(env), output, errors)
-    code = f"import sys; from {call.__module__} import {call.__name__} as call; sys.exit(call(*sys.argv[1:]))"
+    code = (
+        f"import sys; from {call.__module__} import {call.__name__} as call; "
+        "from laser_dist.testing.forked import leave; leave(call, *sys.argv[1:])"
+    )
     with output.open("ab") as told, errors.open("ab") as complained:
         return subprocess.Popen(
             [sys.executable, "-c", code, *arguments],
@@ -191,6 +195,11 @@ def _run(
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS") or torch.get_num_threads()))
     if env.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()
+    leave(call, *arguments)
+
+
+def leave(call: Callable[..., Any], *arguments: Any) -> NoReturn:
+    """End this process as `sys.exit(call(*arguments))` does."""
     try:
         code = call(*arguments)
     except SystemExit as stop:

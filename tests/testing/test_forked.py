@@ -111,9 +111,10 @@ def test_only_modules_are_run_in_the_place_of_a_command(tmp_path: Path) -> None:
 
 
 def test_a_command_that_ran_in_this_process_does_not_make_later_starts_slow(tmp_path, monkeypatch) -> None:
-    """It named the accelerator, so that every later test's ranks imported everything for themselves."""
+    """It named the accelerator, or imported scikit-learn: all later ranks imported everything for themselves."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("WDS_SECURE", "1")
+    for name in ("WDS_SECURE", "KMP_INIT_AT_FORK", "_RJEM_MALLOC_CONF"):
+        monkeypatch.setenv(name, "1")
     monkeypatch.setattr(subprocess, "Popen", None)
     assert start(print, "here", env=os.environ, output=tmp_path / "output").wait() == 0
     assert (tmp_path / "output").read_text() == "here\n"
