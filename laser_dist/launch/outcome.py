@@ -76,6 +76,7 @@ def reported(output: str | Path, watchdog: Watchdog | None = None) -> Iterator[O
         watchdog.on_end, watchdog.on_verdict = leave, lambda told: say(output, told)
         if os.environ.get(ATTEMPT):
             watchdog.start()  # the supervisor has made the folder, and asks also who failed before the ranks met
+            watchdog.before_meeting()
     try:
         yield outcome
     except Asked as asked:

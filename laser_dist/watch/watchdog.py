@@ -9,6 +9,7 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from laser_dist.watch import pulse, stacks, verdict
-from laser_dist.watch.judge import Finding, Sighting, ended, judge, laggard
+from laser_dist.watch.judge import SAVED, Finding, Sighting, ended, judge, laggard
 from laser_dist.watch.pulse import Beat, Limits, Pulse
 from laser_dist.watch.verdict import Verdict
 
@@ -33,6 +34,8 @@ SETTLE = 0.5
 """Seconds for a locked rank to answer the signal that asks for its stacks, before it is killed."""
 EXPLAINED_WITHIN = 1.5
 """Seconds to find out whose loss an error of communication is about."""
+EARLY_GRACE = 2.0
+"""Seconds for the training thread to hear of a signal itself, before the ranks have met."""
 LAST_RESORT = 8.0
 """Seconds after which a process that began to end does so whatever holds it."""
 
@@ -48,7 +51,8 @@ class Watchdog:
         """Whether this rank tells what it does; others are watched from `meet` on."""
         self.seen: dict[int, Sighting] = {}
         self.remote: list[int] = []
-        self.leaving = threading.Event()
+        self.met, self.leaving = threading.Event(), threading.Event()
+        self.arrives: socket.socket | None = None
         self.claimed = threading.Lock()
         """Taken by whichever thread ends the rank."""
         self.remote_awake = 0.0
@@ -65,6 +69,31 @@ class Watchdog:
         self.pulse = pulse.current = Pulse(pulse.path_of(self.folder, self.own.rank), self.own, self.limits)
         self.active = True
 
+    def before_meeting(self) -> None:
+        """Before `meet`: tell that this rank lives, and let no request to stop wait for ranks that may never come.
+
+        To meet is one call in C, in which no handler of Python's runs; the numbers of signals arrive here all the same.
+        """
+        arrived, arrives = socket.socketpair()
+        arrives.setblocking(False)
+        signal.set_wakeup_fd(arrives.fileno(), warn_on_full_buffer=False)
+        self.arrives = arrives
+        threading.Thread(target=self._until_met, args=(arrived,), name="before-meeting", daemon=True).start()
+
+    def _until_met(self, arrived: socket.socket) -> None:
+        arrived.settimeout(INTERVAL)
+        while not self.met.is_set() and not self.leaving.is_set():
+            self.pulse.tick(waiting=False)
+            try:
+                arrived.recv(1)
+            except TimeoutError:
+                continue
+            if self.met.wait(EARLY_GRACE) or not self.claimed.acquire(blocking=False):
+                return
+            self.pulse.end(SAVED)
+            self._stop()
+            self.leave(SAVED, "a signal came before the ranks had met")
+
     def meet(self, gather: Callable[[Beat], list[Beat]]) -> None:
         """Learn who the others are, and begin to watch. A collective: `gather` gives every rank's object."""
         if not self.active:
@@ -72,6 +101,8 @@ class Watchdog:
                 (self.folder / verdict.FILE).unlink(missing_ok=True)  # of an earlier run without a supervisor
             self.start()
         everyone: list[Beat] = gather(self.own)
+        self.met.set()
+        self._hear_no_more()
         self.seen = {beat.rank: Sighting(beat, state=self._state(beat)) for beat in everyone}
         hosts = [(beat.host, beat.namespace) for beat in everyone]
         self.remote = [beat.rank for beat in everyone if self._is_remote(beat)]
@@ -123,8 +154,15 @@ class Watchdog:
                 stream.flush()
         os._exit(code)
 
+    def _hear_no_more(self) -> None:
+        if self.arrives and threading.current_thread() is threading.main_thread():  # no other one may
+            signal.set_wakeup_fd(-1)
+            self.arrives.close()
+            self.arrives = None
+
     def _stop(self) -> None:
         self.leaving.set()
+        self._hear_no_more()
         pulse.current = None
 
     def _run(self) -> None:
