@@ -192,3 +192,38 @@ def test_ranks_of_an_earlier_run_are_nobody(job, tmp_path: Path) -> None:
     assert run.codes() == [0, 0, 0]
     left = pulse.read(pulse.path_of(folder, 1))
     assert left.code == 0 and pulse.process(left.pid) is None
+
+
+WAITS = """
+import hashlib, os, signal, sys
+from pathlib import Path
+from laser_dist.launch.outcome import own_folder, reported
+from laser_dist.watch.pulse import Limits
+from laser_dist.watch.watchdog import Watchdog
+
+output = Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: None)  # what it would do waits for the call below
+own_folder(output).mkdir(parents=True)
+with reported(output, Watchdog(own_folder(output), Limits(steps=3, seconds=1.0, data_seconds=1.0))):
+    (output / "ready").touch()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # an hour in C, as when ranks wait for one that never comes
+"""
+
+
+def test_a_rank_that_waits_to_meet_ends_when_it_is_asked_to(tmp_path: Path) -> None:
+    """It once waited on, until the launcher killed it 30 seconds later, and was blamed for the one that was lost."""
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LASER_DIST_ATTEMPT": "1"}
+    waiting = subprocess.Popen([sys.executable, "-c", WAITS, str(tmp_path)], env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "ready").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        waiting.send_signal(signal.SIGTERM)
+        assert waiting.wait(timeout=60) == 75
+    finally:
+        waiting.kill()
+    folder = tmp_path / "launch/attempt-1"
+    assert "before the ranks had met" in (folder / "rank-00000.json").read_text()
+    beat = pulse.read(pulse.path_of(folder, 0))
+    assert beat is not None and beat.code == 75 and beat.ticks > 0
