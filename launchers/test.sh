@@ -23,7 +23,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 # Tests run even when lint fails: one run then tells everything. The exit code is a failure if either failed.
 status=0
 make --keep-going --no-print-directory check || status=1
-workers=$(nproc)
+workers=$(($(nproc) + 1)) # one more than cores: tests of lost hosts, hung ranks and timeouts wait a lot
 # A file stays on one worker, so that what its tests share is made once; tests/conftest.py puts the long ones first.
 python -m pytest -n "$((workers < 4 ? workers : 4))" --dist loadfile --no-loadscope-reorder "$@" || status=$?
 exit "$status"
