@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> int:
             continue
         before = _read(settings.out, name)
         if before is None or before.code or settings.again or before.command != _command(name, settings)[0]:
-            print(f"{name}: laser-dist bench {' '.join(_command(name, settings)[1])}", flush=True)
+            print(f"{name}: {_command(name, settings)[0]} ...", flush=True)
             before = _run(name, settings)
         print("\n".join(f"{name}: {line}" for line in before.lines or [f"ended with {before.code}"]), flush=True)
         with replacing(settings.out / "reliability.md") as temporary:

@@ -79,7 +79,7 @@ def run_rows(rows: list, root: Path, *, cold: bool = False, out: Path | None = N
             print("\n".join(f"    {line}" for line in end.output[-40:]), file=sys.stderr, flush=True)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "faults.md").write_text(markdown(ended), encoding="utf-8")
+            (out / "faults.md").write_text(markdown(ended).replace(f"{root}/", ""), encoding="utf-8")
             write_json(out / "faults.json", {"date": _date(), "rows": [asdict(end) for end in ended]})
     return ended
 
@@ -95,7 +95,7 @@ def markdown(ended: list) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for end in ended:
-        told = end.verdict.line if end.verdict else ""
+        told = end.verdict.line.replace(f" on {end.verdict.host} ", " ") if end.verdict else ""
         known, gone = ("" if x is None else f"{x:.1f}" for x in (end.known, end.gone))
         lines.append(f"| {end.name} | {end.ends} | {'; '.join(end.problems) or 'right'} | {known} | {gone} | {told} |")
     return "\n".join(lines) + "\n"
