@@ -97,7 +97,7 @@ PARTS = {
 class Settings:
     """What is run."""
 
-    out: Path
+    out: Path = Path("reliability")
     """Folder for reliability.md and for what every part printed and measured."""
     only: tuple[str, ...] = ()
     """These parts only: faults, saves, runs, damage, guard, soak, inputs."""
