@@ -85,8 +85,10 @@ class Watchdog:
         while not self.met.is_set() and not self.leaving.is_set():
             self.pulse.tick(waiting=False)
             try:
-                arrived.recv(1)
+                number = arrived.recv(1)
             except TimeoutError:
+                continue
+            if number not in (bytes([signal.SIGTERM]), bytes([signal.SIGUSR1])):  # a child's end, say
                 continue
             if self.met.wait(EARLY_GRACE) or not self.claimed.acquire(blocking=False):
                 return
