@@ -187,6 +187,8 @@ class Workspace:
         asked = {key: value for key, value in asdict(test).items() if key not in ("methods", "title", "name")}
         if test.rationale == "generated":
             asked["rewriting"] = asdict(self.study.rewriting)
+        if self.study.encode_dtype:
+            asked["dtype"] = self.study.encode_dtype
         return digest({"test": asked, "data": self.data[dataset].hashes[split]})
 
     def _choice_of(self, dataset: str, method: Method, points: list[Table]) -> str:

@@ -127,6 +127,8 @@ class Study:
     """Checkpoints after a cell is measured: none, or those of the chosen points."""
     processes: int = 1
     """Training processes of one cell; more than one go through the deepspeed launcher."""
+    encode_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """Precision of the models that are measured; unset: float32 on a CPU, bfloat16 on a GPU."""
     curve_passages: int = 0
     """Learning curves: evaluate on dev while training, among the judged passages and so many others. 0: no curves."""
 

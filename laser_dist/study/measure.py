@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from laser_dist.cli import run
 from laser_dist.data.text import TextFormat
 from laser_dist.files import write_json
@@ -62,11 +64,12 @@ class Measurer:
     def _encoder(self) -> LaserEncoder | None:
         if self.job["kind"] == "bm25":
             return None
+        dtype = self.job["dtype"] or None
         if self.job["kind"] == "untrained":
             encoder = LaserEncoder.from_config(read_recipe(Path(self.job["recipe"])))
-            encoder.retriever.to(find_device(None))
+            encoder.retriever.to(device=find_device(None), dtype=getattr(torch, dtype) if dtype else None)
             return encoder
-        return LaserEncoder.from_pretrained(self.job["model"])
+        return LaserEncoder.from_pretrained(self.job["model"], dtype=dtype)
 
     def _asked(self, queries: Queries, test: Test) -> tuple[Queries, float]:
         """The queries with the test's rationales, and the seconds it took to write one."""

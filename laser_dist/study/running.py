@@ -152,6 +152,7 @@ class Runner:
             "out": str(cell.folder / "result.json"),
             "recipe": str(cell.folder / "recipe.toml"),
             "model": str(cell.run),
+            "dtype": self.study.encode_dtype,
             "splits": {split: [str(f) for f in files] for split, files in self._splits(cell).items()},
             "tasks": [{"split": task.split, "key": task.key, "test": asdict(task.test)} for task in tasks],
             "rewriting": {
