@@ -14,16 +14,15 @@ from laser_dist.study.definition import OWN, Method, Test
 def draw_all(results: Results, out: Path) -> dict[str, str]:
     """Draw what there is data for; file name -> caption. Files of charts that are no more are removed."""
     metric = results.study.metric
+    among = f"among the judged passages and {results.study.curve_passages} others"
     charts: dict[str, tuple[Callable[[Any, Results, str], bool], str]] = {
         "methods.png": (_methods, f"Test {metric} of every method: mean and standard deviation over seeds."),
         "latency.png": (
             _latency,
             f"Test {metric} against the time to encode one query alone, writing its rationale included (log scale).",
         ),
-        "curves.png": (
-            _curves,
-            "Training: InfoNCE of the latent view, and dev where it was evaluated; mean over seeds.",
-        ),
+        "curves.png": (_curves, f"Dev {metric} while training, {among}; mean and standard deviation over seeds."),
+        "loss.png": (_losses, "InfoNCE of the latent view while training; mean and standard deviation over seeds."),
         "steps.png": (_steps, f"Test {metric} by latent steps at test time; the ring marks the steps of training."),
         "rewriting.png": (_rewriting, f"What a rationale changes in test {metric}, by how it is read."),
     }
@@ -86,19 +85,22 @@ def _latency(axis: Any, results: Results, dataset: str) -> bool:
 
 
 def _curves(axis: Any, results: Results, dataset: str) -> bool:
-    colours, shown, second = _colours(results), False, None
+    axis.set_ylabel(f"dev {results.study.metric}")
+    return _lines(axis, results, dataset, f"dev/{results.study.metric}", ".-")
+
+
+def _losses(axis: Any, results: Results, dataset: str) -> bool:
+    axis.set_ylabel("InfoNCE of the latent view")
+    return _lines(axis, results, dataset, "loss/infonce_latent", "-")
+
+
+def _lines(axis: Any, results: Results, dataset: str, name: str, style: str) -> bool:
+    colours, shown = _colours(results), False
     for method in results.methods(ablation=False):
-        runs = results.curves(dataset, method.name)
-        dev = _series(runs, f"dev/{results.study.metric}")
-        if loss := _series(runs, "loss/infonce_latent"):
-            _band(axis, loss, colours[method.name], method.label, "-")
+        if series := _series(results.curves(dataset, method.name), name):
+            _band(axis, series, colours[method.name], method.label, style)
             shown = True
-        if dev:
-            second = second or axis.twinx()
-            _band(second, dev, colours[method.name], method.label, "--")
-    axis.set(xlabel="optimizer step", ylabel="InfoNCE (solid)")
-    if second is not None:
-        second.set_ylabel(f"dev {results.study.metric} (dashed)")
+    axis.set_xlabel("optimizer step")
     if shown:
         axis.legend(fontsize=7)
     return shown

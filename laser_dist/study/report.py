@@ -6,16 +6,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from laser_dist.files import replacing
+from laser_dist.retrieval.evaluation.significance import Comparison
 from laser_dist.retrieval.metrics import METRICS
 from laser_dist.study.cells import BM25, FAILED, FINISHED, UNTRAINED
-from laser_dist.study.collect import Results
+from laser_dist.study.collect import Results, holm
 from laser_dist.study.definition import OWN, flat
 
 READING = """\
 Values are means over the test queries, ± the standard deviation over seeds (n − 1). The change and its 95 % interval
 (paired bootstrap over queries) and p (paired randomisation test, two-sided, with Holm's correction for the rows of a
-table) compare with {baseline}, query by query, after averaging each query over the seeds: they speak of other queries,
-not of other seeds. Test queries took part in no choice."""
+table) compare with {baseline}, where a table names no other method, query by query, after averaging each query over the
+seeds: they speak of other queries, not of other seeds. Test queries took part in no choice."""
 
 
 def write_report(results: Results, out: Path) -> Path:
@@ -36,8 +37,8 @@ def report(results: Results, charts: dict[str, str]) -> str:
     study = results.study
     parts = [f"# {study.title or study.name}", study.notes.strip(), _setting(results), _progress(results)]
     for dataset in study.datasets:
-        parts += [f"## {dataset}", _main_table(results, dataset), _ablations(results, dataset)]
-        parts += [_tests(results, dataset), _gap(results, dataset)]
+        parts += [f"## {dataset}", _main_table(results, dataset), _reference(results, dataset)]
+        parts += [_ablations(results, dataset), _tests(results, dataset), _gap(results, dataset)]
     parts += [READING.format(baseline=results.label(results.baseline))]
     if charts:
         parts += ["## Charts", *(f"![{caption}]({name})\n\n{caption}" for name, caption in charts.items())]
@@ -64,9 +65,10 @@ def _setting(results: Results) -> str:
     name = Path(model.name or results.workspace.model).name
     kept = f", its first {model.layers} layers" if model.layers else ""
     batch = config.train.queries_per_rank * config.train.accumulation * study.processes
+    negatives = f"{config.data.negatives} hard negative{'s' * (config.data.negatives != 1)}"
     said = (
         f"Backbone {name}{kept}, {kind}, {model.dtype}. {config.train.max_steps} steps of {batch} queries with "
-        f"{config.data.negatives} hard negatives each, where a method does not say otherwise; seeds "
+        f"{negatives} each, where a method does not say otherwise; seeds "
         f"{', '.join(map(str, study.seeds))}."
     )
     return said + "\n\n" + markdown_table(("dataset", "test queries", "licence"), rows)
@@ -95,13 +97,31 @@ def _row(results: Results, dataset: str, name: str, test: str) -> list[str]:
     change = p = ""
     if found := results.against_baseline.get((dataset, name, test)):
         comparison, corrected = found
-        low, high = comparison.interval
-        change, p = f"{comparison.difference:+.3f} ({low:+.3f} … {high:+.3f})", _p(corrected)
+        change, p = change_of(comparison), _p(corrected)
     lacking = f" of {wanted}" if len(entry.runs) < wanted else ""
     count = "–" if name in (BM25, UNTRAINED) else f"{len(entry.runs)}{lacking}"
     steps = results.seconds_per_step(dataset, name)
     values = [value_of(entry.mean(m), entry.spread(m)) for m in METRICS]
     return [label, *values, change, p, count, f"{steps:.2f}" if steps else "–"]
+
+
+def _reference(results: Results, dataset: str) -> str:
+    """The method that the study is about, against every row of the table of methods."""
+    reference = results.study.reference
+    if not reference or reference == results.baseline:
+        return ""
+    listed = [pair for pair in results.listed() if pair != (reference, OWN.name)]
+    pairs = {pair: results.compare((dataset, pair[0]), (dataset, reference), (pair[1], OWN.name)) for pair in listed}
+    found = {pair: comparison for pair, comparison in pairs.items() if comparison}
+    corrected = holm({pair: comparison.p_randomisation for pair, comparison in found.items()})
+    rows = [
+        (results.title(*pair), change_of(comparison), f"{comparison.wins} / {comparison.losses}", _p(corrected[pair]))
+        for pair, comparison in found.items()
+    ]
+    if not rows:
+        return ""
+    head = (f"{results.label(reference)} against", results.study.metric, "queries better / worse", "p")
+    return markdown_table(head, rows)
 
 
 def _ablations(results: Results, dataset: str) -> str:
@@ -114,7 +134,7 @@ def _ablations(results: Results, dataset: str) -> str:
         entry = results.entry(dataset, name)
         found = results.compare((dataset, reference), (dataset, name)) if name != reference else None
         value = value_of(entry.mean(metric), entry.spread(metric)) if entry else "not there"
-        change = f"{found.difference:+.3f} ({found.interval[0]:+.3f} … {found.interval[1]:+.3f})" if found else ""
+        change = change_of(found) if found else ""
         rows.append((results.label(name), value, change, _p(found.p_randomisation) if found else ""))
     head = ("ablation", metric, f"change from {results.label(reference)}", "p, not corrected")
     return "### Ablations\n\n" + markdown_table(head, rows)
@@ -126,17 +146,9 @@ def _tests(results: Results, dataset: str) -> str:
         if where != dataset or test == OWN.name:
             continue
         found = results.compare((dataset, method), (dataset, method), (OWN.name, test))
-        change = f"{found.difference:+.3f} ({found.interval[0]:+.3f} … {found.interval[1]:+.3f})" if found else ""
+        change = change_of(found) if found else ""
         cost = f"{1000 * entry.seconds:.0f}" if entry.seconds else ""
-        rows.append(
-            (
-                entry.label,
-                test,
-                value_of(entry.mean(metric), entry.spread(metric)),
-                change,
-                cost,
-            )
-        )
+        rows.append((entry.label, test, value_of(entry.mean(metric), entry.spread(metric)), change, cost))
     head = ("method", "asked", metric, "change from as trained", "ms per query")
     return "### Asked otherwise\n\n" + markdown_table(head, rows) if rows else ""
 
@@ -183,6 +195,11 @@ def _failures(results: Results) -> str:
         return ""
     lines = [f"- `{row.name}`, {row.failure['stage']}: {row.failure['line']}" for row in failed]
     return "## Failed\n\n" + "\n".join(lines)
+
+
+def change_of(comparison: Comparison) -> str:
+    low, high = comparison.interval
+    return f"{comparison.difference:+.3f} ({low:+.3f} … {high:+.3f})"
 
 
 def value_of(mean: float, spread: float | None) -> str:

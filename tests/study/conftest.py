@@ -66,6 +66,7 @@ class Pretended:
             (checkpoints / "step-000003").mkdir(parents=True, exist_ok=True)
             (checkpoints / "latest").write_text("step-000003")
             rows = [{"step": s, "loss/infonce_latent": 3.0 / s, "time/forward": 0.5} for s in (1, 2, 3)]
+            rows.append({"step": 3, "dev/ndcg@10": 0.4})
             (cell.run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             return
         job = json.loads((cell.folder / "measure.json").read_text())

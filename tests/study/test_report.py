@@ -24,6 +24,9 @@ def test_tables_say_what_was_measured(written):
     assert comparison.difference == pytest.approx(
         laser.mean("ndcg@10") - results.entry("d", "contrastive").mean("ndcg@10")
     )
+    against = results.compare(("d", "bm25"), ("d", "laser"))
+    assert "| laser against | ndcg@10 |" in text
+    assert f"| BM25 | {against.difference:+.3f} ({against.interval[0]:+.3f}" in text
     assert "| rewrite-then-retrieve |" in text and "### Ablations" in text and "### Asked otherwise" in text
     assert "goes" in text and "% of that way" in text
     assert "**optimizer.learning_rate = 0.0002**" in text and "## Failed" not in text
@@ -33,7 +36,7 @@ def test_tables_say_what_was_measured(written):
 def test_every_chart_and_file_is_there(written):
     workspace, file = written
     names = {path.name for path in file.parent.iterdir()}
-    charts = {"methods.png", "latency.png", "curves.png", "steps.png", "rewriting.png"}
+    charts = {"methods.png", "latency.png", "curves.png", "loss.png", "steps.png", "rewriting.png"}
     assert names == charts | {"report.md", "results.csv", "tensorboard"}
     assert all(f"]({name})" in file.read_text() for name in charts)
     rows = list(csv.DictReader(io.StringIO((file.parent / "results.csv").read_text())))
