@@ -43,7 +43,7 @@ class Measurer:
         self.vectors: dict[tuple[str, int], Any] = {}
 
     def task(self, split: str, test: Test) -> dict[str, Any]:
-        """Metrics, values per query, and seconds to encode one query alone."""
+        """Metrics, values per query, the model's precision, and seconds to encode one query alone."""
         corpus, queries, qrels = read_collection(*self.job["splits"][split])
         queries, judged = keep_judged(queries, qrels)
         asked, writing = self._asked(queries, test)
@@ -59,6 +59,7 @@ class Measurer:
             result = evaluate(encoder, corpus, asked, judged, passage_vectors=vectors, explicit=explicit)
             seconds = _latency(encoder, asked, explicit=explicit)
         found = {"metrics": result.metrics, "per_query": result.per_query, "seconds_per_query": seconds + writing}
+        found["dtype"] = self.encoder.dtype
         return found | ({"seconds_of_writing": writing} if writing else {})
 
     def _encoder(self) -> LaserEncoder | None:

@@ -71,6 +71,7 @@ def _setting(results: Results) -> str:
         f"{negatives} each, where a method does not say otherwise; seeds "
         f"{', '.join(map(str, study.seeds))}."
     )
+    said += f" Measured in {study.encode_dtype}." if study.encode_dtype else ""
     return said + "\n\n" + markdown_table(("dataset", "test queries", "licence"), rows)
 
 

@@ -61,6 +61,15 @@ def test_a_new_test_measures_and_trains_only_where_the_checkpoint_is_gone(make, 
     assert [call.split()[0] for call in pretended.calls] == ["training", "measuring"] * 2
 
 
+def test_another_precision_of_measuring_trains_nothing(make, go, pretended, text):
+    keep = 'keep = "best"\n' + text
+    go(make(keep))
+    pretended.calls.clear()
+    go(make('encode_dtype = "bfloat16"\n' + keep))
+    chosen = [call for call in pretended.calls if "laser/learning_rate=0.0002" in call]
+    assert chosen and not any("training" in call for call in chosen)
+
+
 def test_a_failed_cell_is_noted_and_stops_no_other(make, go, pretended):
     pretended.fail = lambda call: (
         CellFailed("training", "error: out of memory") if call.startswith("training d/contrastive") else None

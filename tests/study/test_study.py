@@ -42,6 +42,7 @@ def setting(tmp_path_factory) -> Path:
     (root / "study.toml").write_text(f"""
 seeds = [1]
 curve_passages = 4
+encode_dtype = "bfloat16"
 [base]
 model = {{ name = "{root}/model", dtype = "float32", activation_checkpointing = false }}
 train = {{ queries_per_rank = 2, max_steps = 2, deepspeed = "zero0" }}
@@ -88,6 +89,7 @@ def test_cells_are_trained_measured_and_reported(ran):
     assert all(set(tasks) == {"dev/own", "test/own", "test/oracle", "test/rewritten"} for tasks in found)
     assert all(0 <= task["metrics"]["ndcg@10"] <= 1 and len(task["per_query"]) == 5 - 2 * (name == "dev/own")
                for tasks in found for name, task in tasks.items())  # fmt: skip
+    assert {task["dtype"] for task in found[0].values()} == {"bfloat16"}
     assert found[0]["test/rewritten"]["seconds_per_query"] > found[0]["test/own"]["seconds_per_query"] > 0
     assert not list(out.rglob("model.safetensors"))  # checkpoints are dropped
     curve = [json.loads(line) for line in (cells[0] / "run" / "metrics.jsonl").read_text().splitlines()]
