@@ -78,18 +78,19 @@ class Cell:
         last = f"step-{self.config.train.max_steps:06d}"
         return self.current() and pointer.is_file() and pointer.read_text().strip() == last
 
-    def measured(self) -> dict[str, Table]:
-        """Task name -> what was measured, with its key."""
-        return read(self.folder / "result.json").get("measured", {}) if self.current() else {}
+    def measured(self, tasks: list[Task]) -> dict[str, Table]:
+        """Task name -> what was measured, of those tasks; not what was asked otherwise or of other files."""
+        found = read(self.folder / "result.json").get("measured", {}) if self.current() else {}
+        return {task.name: found[task.name] for task in tasks if found.get(task.name, {}).get("key") == task.key}
 
-    def missing(self, tasks: Iterable[Task]) -> list[Task]:
-        found = self.measured()
-        return [task for task in tasks if found.get(task.name, {}).get("key") != task.key]
+    def missing(self, tasks: list[Task]) -> list[Task]:
+        found = self.measured(tasks)
+        return [task for task in tasks if task.name not in found]
 
     def failure(self) -> Table:
         return read(self.folder / "failed.json") if self.current() else {}
 
-    def state(self, tasks: Iterable[Task]) -> str:
+    def state(self, tasks: list[Task]) -> str:
         if self.current() and not self.missing(tasks):
             return FINISHED
         if self.failure():

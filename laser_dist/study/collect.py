@@ -57,6 +57,8 @@ class Row:
     """Trained for the report, not only to choose."""
     state: str
     failure: Table
+    measured: dict[str, Table]
+    """Task name -> what was measured."""
 
     @property
     def name(self) -> str:
@@ -144,7 +146,7 @@ class Results:
     def _entries(self) -> Iterator[Entry]:
         found: dict[tuple[str, str, str], list[Table]] = {}
         for row in self.rows:
-            for name, run in row.cell.measured().items() if row.chosen else ():
+            for name, run in row.measured.items() if row.chosen else ():
                 split, _, test = name.partition("/")
                 if split == "test":
                     found.setdefault((row.cell.dataset, row.cell.method, test), []).append(run)
@@ -156,8 +158,7 @@ class Results:
         rows = []
         for row in self.rows:
             about = {"dataset": row.cell.dataset, "method": row.cell.method, "seed": row.cell.seed, "cell": row.name}
-            measured = row.cell.measured() or {"": {}}
-            for name, run in measured.items():
+            for name, run in (row.measured or {"": {}}).items():
                 split, _, test = name.partition("/")
                 metrics = {metric: run.get("metrics", {}).get(metric) for metric in METRICS}
                 seconds = run.get("seconds_per_query")
@@ -200,4 +201,5 @@ def _rows(workspace: Workspace) -> Iterator[Row]:
 
 
 def _row(workspace: Workspace, cell: Cell, *, chosen: bool) -> Row:
-    return Row(cell, chosen, cell.state(workspace.tasks(cell, chosen=chosen)), cell.failure())
+    tasks = workspace.tasks(cell, chosen=chosen)
+    return Row(cell, chosen, cell.state(tasks), cell.failure(), cell.measured(tasks))

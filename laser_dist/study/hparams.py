@@ -12,7 +12,7 @@ def write_hparams(results: Results, folder: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
-    rows = [row for row in results.rows if row.cell.trains and row.cell.measured()]
+    rows = [row for row in results.rows if row.cell.trains and row.measured]
     tables = [flat({k: v for k, v in row.cell.identity.items() if k != "data"}) for row in rows]
     names = sorted({name for table in tables for name in table})
     differing = [name for name in names if len({str(table.get(name)) for table in tables}) > 1]
@@ -22,7 +22,6 @@ def write_hparams(results: Results, folder: Path) -> None:
             name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in said.items()
         }
         said |= {"dataset": row.cell.dataset, "method": row.cell.method}
-        measured = row.cell.measured()
-        reached = {f"{task}/{metric}": v for task, run in measured.items() for metric, v in run["metrics"].items()}
+        reached = {f"{task}/{metric}": v for task, run in row.measured.items() for metric, v in run["metrics"].items()}
         with SummaryWriter(str(folder / row.name.replace("/", "."))) as writer:
             writer.add_hparams(said, reached, run_name=".")

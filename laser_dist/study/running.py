@@ -93,8 +93,9 @@ class Runner:
         scores = []
         for point in self.study.points(method):
             cell = workspace.cell(dataset, method, point, self.study.seeds[0])
-            if self._finish(cell, workspace.tasks(cell, chosen=False)):
-                scores.append((point, cell.measured()["dev/own"]["metrics"][self.study.metric]))
+            tasks = workspace.tasks(cell, chosen=False)
+            if self._finish(cell, tasks):
+                scores.append((point, cell.measured(tasks)["dev/own"]["metrics"][self.study.metric]))
         return workspace.choose(dataset, method, scores) if scores else None
 
     def _finish(self, cell: Cell, tasks: list[Task]) -> bool:

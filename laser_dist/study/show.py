@@ -43,8 +43,7 @@ def show_cells(results: Results, console: Console) -> None:
     """All cells with their states."""
     table = Table("cell", "state", f"dev {results.study.metric}", f"test {results.study.metric}", "")
     for row in results.rows:
-        measured = row.cell.measured()
-        dev, test = (_metric(measured.get(f"{split}/own"), results.study.metric) for split in ("dev", "test"))
+        dev, test = (_metric(row.measured.get(f"{split}/own"), results.study.metric) for split in ("dev", "test"))
         note = row.failure.get("line", "") if row.state == "failed" else "" if row.chosen else "to choose"
         table.add_row(row.name, f"[{COLOURS[row.state]}]{row.state}[/]", dev, test, note)
     console.print(table)

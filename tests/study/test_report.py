@@ -41,7 +41,7 @@ def test_every_chart_and_file_is_there(written):
     assert all(f"]({name})" in file.read_text() for name in charts)
     rows = list(csv.DictReader(io.StringIO((file.parent / "results.csv").read_text())))
     assert {row["state"] for row in rows} == {"finished"} and len(rows) == sum(
-        len(row.cell.measured()) for row in Results(workspace).rows
+        len(row.measured) for row in Results(workspace).rows
     )
 
 
@@ -80,3 +80,13 @@ def test_a_report_of_nothing_yet(make):
 def test_holm_by_hand():
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
     assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
+
+
+def test_what_is_no_longer_asked_is_not_shown(make, go, pretended, text):
+    go(make(text))
+    go(make(text.replace("[tests.six]\nsteps = 6", "[tests.six]\nsteps = 7")))
+    workspace = make(text.replace("[tests.six]\nsteps = 6", "[tests.nine]\nsteps = 9"))
+    shown = write_report(Results(workspace), workspace.out / "report").read_text()
+    assert "| laser | oracle |" in shown and "| six |" not in shown and "nine" not in shown
+    other = make(text.replace("[tests.six]\nsteps = 6", "[tests.six]\nsteps = 8"))
+    assert ("d", "laser", "six") not in Results(other).entries

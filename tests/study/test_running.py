@@ -6,6 +6,7 @@ import time
 import pytest
 
 from laser_dist.errors import UserError
+from laser_dist.study.cells import read
 from laser_dist.study.collect import Results
 from laser_dist.study.running import CellFailed, Runner, Stopped
 from laser_dist.study.slurm import write_arrays
@@ -24,10 +25,10 @@ def test_dev_chooses_and_test_is_measured_of_the_choice_only(make, go, pretended
     laser = workspace.study.methods["laser"]
     assert workspace.choice("d", laser) == {"optimizer": {"learning_rate": 2e-4}}
     lost = [row for row in cells(workspace, "laser") if not row.chosen]
-    assert [set(row.cell.measured()) for row in lost] == [{"dev/own"}]
+    assert [set(read(row.cell.folder / "result.json")["measured"]) for row in lost] == [{"dev/own"}]
     kept = [row for row in cells(workspace, "laser") if row.chosen]
     assert [row.cell.seed for row in kept] == [0, 1]
-    assert all(set(row.cell.measured()) == {"dev/own", "test/own", "test/six", "test/oracle"} for row in kept)
+    assert all(set(row.measured) == {"dev/own", "test/own", "test/six", "test/oracle"} for row in kept)
     assert all("learning_rate=0.0002" in row.name for row in cells(workspace, "both-views"))
 
 
