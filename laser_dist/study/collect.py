@@ -105,14 +105,25 @@ class Results:
         """(dataset, method, test) -> comparison with the baseline, and its p after Holm's correction in the dataset."""
         found: dict[tuple[str, str, str], tuple[Comparison, float]] = {}
         for dataset in self.study.datasets:
-            known = {}
-            for name, test in self.listed():
-                comparison = self.compare((dataset, self.baseline), (dataset, name), (OWN.name, test))
-                if comparison and (name, test) != (self.baseline, OWN.name):
-                    known[name, test] = comparison
-            corrected = holm({pair: comparison.p_randomisation for pair, comparison in known.items()})
-            found |= {(dataset, *pair): (comparison, corrected[pair]) for pair, comparison in known.items()}
+            known = {
+                (name, test): self.compare((dataset, self.baseline), (dataset, name), (OWN.name, test))
+                for name, test in self.listed()
+                if (name, test) != (self.baseline, OWN.name)
+            }
+            found |= {(dataset, *pair): both for pair, both in _corrected(known).items()}
         return found
+
+    def of_reference(self, dataset: str) -> dict[tuple[str, str], tuple[Comparison, float]]:
+        """(method, test) -> the study's reference compared with it, and its p after Holm's correction."""
+        reference = self.study.reference
+        if not reference or reference == self.baseline:
+            return {}
+        known = {
+            (name, test): self.compare((dataset, name), (dataset, reference), (test, OWN.name))
+            for name, test in self.listed()
+            if (name, test) != (reference, OWN.name)
+        }
+        return _corrected(known)
 
     def listed(self) -> list[tuple[str, str]]:
         """(method, test) of each row of the table of methods: baselines, methods, tests that have a title."""
@@ -180,6 +191,13 @@ def holm(p_values: dict[Key, float]) -> dict[Key, float]:
         highest = max(highest, min(1.0, p * (len(p_values) - place)))
         adjusted[name] = highest
     return adjusted
+
+
+def _corrected(known: dict[Key, Comparison | None]) -> dict[Key, tuple[Comparison, float]]:
+    """The comparisons that there are, each with its p after Holm's correction for all of them."""
+    found = {name: comparison for name, comparison in known.items() if comparison}
+    corrected = holm({name: comparison.p_randomisation for name, comparison in found.items()})
+    return {name: (comparison, corrected[name]) for name, comparison in found.items()}
 
 
 def _rows(workspace: Workspace) -> Iterator[Row]:

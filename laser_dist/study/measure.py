@@ -14,11 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from laser_dist.cli import run
 from laser_dist.data.text import TextFormat
 from laser_dist.files import write_json
+from laser_dist.model.backbone import DTYPES
 from laser_dist.recipe import read_recipe
 from laser_dist.retrieval.bm25 import bm25_run
 from laser_dist.retrieval.collection import Corpus, Queries, keep_judged, read_collection
@@ -65,12 +64,12 @@ class Measurer:
     def _encoder(self) -> LaserEncoder | None:
         if self.job["kind"] == "bm25":
             return None
-        dtype = self.job["dtype"] or None
+        dtype = self.job["dtype"]
         if self.job["kind"] == "untrained":
             encoder = LaserEncoder.from_config(read_recipe(Path(self.job["recipe"])))
-            encoder.retriever.to(device=find_device(None), dtype=getattr(torch, dtype) if dtype else None)
+            encoder.retriever.to(device=find_device(None), dtype=DTYPES.get(dtype))
             return encoder
-        return LaserEncoder.from_pretrained(self.job["model"], dtype=dtype)
+        return LaserEncoder.from_pretrained(self.job["model"], dtype=dtype or None)
 
     def _asked(self, queries: Queries, test: Test) -> tuple[Queries, float]:
         """The queries with the test's rationales, and the seconds it took to write one."""

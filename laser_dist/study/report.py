@@ -9,7 +9,7 @@ from laser_dist.files import replacing
 from laser_dist.retrieval.evaluation.significance import Comparison
 from laser_dist.retrieval.metrics import METRICS
 from laser_dist.study.cells import BM25, FAILED, FINISHED, UNTRAINED
-from laser_dist.study.collect import Results, holm
+from laser_dist.study.collect import Results
 from laser_dist.study.definition import OWN, flat
 
 READING = """\
@@ -108,20 +108,13 @@ def _row(results: Results, dataset: str, name: str, test: str) -> list[str]:
 
 def _reference(results: Results, dataset: str) -> str:
     """The method that the study is about, against every row of the table of methods."""
-    reference = results.study.reference
-    if not reference or reference == results.baseline:
-        return ""
-    listed = [pair for pair in results.listed() if pair != (reference, OWN.name)]
-    pairs = {pair: results.compare((dataset, pair[0]), (dataset, reference), (pair[1], OWN.name)) for pair in listed}
-    found = {pair: comparison for pair, comparison in pairs.items() if comparison}
-    corrected = holm({pair: comparison.p_randomisation for pair, comparison in found.items()})
     rows = [
-        (results.title(*pair), change_of(comparison), f"{comparison.wins} / {comparison.losses}", _p(corrected[pair]))
-        for pair, comparison in found.items()
+        (results.title(*pair), change_of(comparison), f"{comparison.wins} / {comparison.losses}", _p(corrected))
+        for pair, (comparison, corrected) in results.of_reference(dataset).items()
     ]
     if not rows:
         return ""
-    head = (f"{results.label(reference)} against", results.study.metric, "queries better / worse", "p")
+    head = (f"{results.label(results.study.reference)} against", results.study.metric, "queries better / worse", "p")
     return markdown_table(head, rows)
 
 
