@@ -38,6 +38,7 @@ COMMANDS = {
     "encode": ("laser_dist.retrieval.encode", "Encode a corpus into a memory-mapped folder of vectors"),
     "explain": ("laser_dist.retrieval.explaining.explain", "Show what a query's soft tokens say, and what they find"),
     "export": ("laser_dist.retrieval.export", "Turn a checkpoint into a plain model folder"),
+    "dataset": ("laser_dist.study.datasets.command", "Make a study's dataset from its authors' files"),
     "study": ("laser_dist.study.command", "Compare methods over seeds and datasets, and write a report"),
     "bench": ("laser_dist.bench", "Measure a training step against the published one"),
 }
