@@ -8,7 +8,7 @@ import numpy as np
 import Stemmer
 import torch
 
-from laser_dist.retrieval.collection import Corpus, Queries
+from laser_dist.retrieval.collection import Corpus, Qrels, Queries
 from laser_dist.retrieval.metrics import Run
 from laser_dist.retrieval.search.exact import top_k
 
@@ -44,6 +44,23 @@ def bm25_run(corpus: Corpus, queries: Queries, k: int) -> Run:
         pairs = zip(map(float, best[0]), map(int, rows[0]), strict=True)
         run[query] = [(corpus.ids[row], score) for score, row in pairs if score > 0]
     return run
+
+
+def out_of_reach(corpus: Corpus, queries: Queries, qrels: Qrels) -> Qrels:
+    """The judgements of relevant passages that share no term with their query: no keyword search finds them.
+
+    Queries that have none are left out.
+    """
+    texts = [f"{title} {text}" for title, text in zip(corpus.titles, corpus.texts, strict=True)]
+    terms = {name: set(words) for name, words in zip(corpus.ids, _words(texts), strict=True)}
+    found: Qrels = {}
+    for query, words in zip(queries.ids, _words(queries.texts), strict=True):
+        hidden = {
+            name: grade for name, grade in qrels.get(query, {}).items() if grade > 0 and not terms[name] & {*words}
+        }
+        if hidden:
+            found[query] = hidden
+    return found
 
 
 def _words(texts: Sequence[str]) -> list[list[str]]:

@@ -34,7 +34,13 @@ class Entry:
 
     def spread(self, metric: str) -> float | None:
         """Standard deviation over seeds (n - 1); None with one seed."""
-        return stdev(self.values(metric)) if len(self.runs) > 1 else None
+        return spread_of(self.values(metric))
+
+    @property
+    def unshared(self) -> list[float]:
+        """Per seed, recall@100 of the relevant passages that share no word with their query."""
+        known = [run.get("recall_unshared") for run in self.runs]  # runs of before it was measured have none
+        return [value for value in known if value is not None] if None not in known else []
 
     def per_query(self, metric: str) -> dict[str, float]:
         """Query id -> mean over the seeds."""
@@ -172,11 +178,14 @@ class Results:
             for name, run in (row.measured or {"": {}}).items():
                 split, _, test = name.partition("/")
                 metrics = {metric: run.get("metrics", {}).get(metric) for metric in METRICS}
-                seconds = run.get("seconds_per_query")
-                rows.append(
-                    {**about, "state": row.state, "split": split, "test": test, **metrics, "seconds_per_query": seconds}
-                )
+                others = {name: run.get(name) for name in ("recall_unshared", "seconds_per_query")}
+                rows.append({**about, "state": row.state, "split": split, "test": test, **metrics, **others})
         return rows
+
+
+def spread_of(values: list[float]) -> float | None:
+    """Standard deviation (n - 1); None of one value."""
+    return stdev(values) if len(values) > 1 else None
 
 
 def baseline_of(study: Study) -> str:

@@ -19,12 +19,12 @@ from laser_dist.data.text import TextFormat
 from laser_dist.files import write_json
 from laser_dist.model.backbone import DTYPES
 from laser_dist.recipe import read_recipe
-from laser_dist.retrieval.bm25 import bm25_run
-from laser_dist.retrieval.collection import Corpus, Queries, keep_judged, read_collection
+from laser_dist.retrieval.bm25 import bm25_run, out_of_reach
+from laser_dist.retrieval.collection import Corpus, Qrels, Queries, keep_judged, read_collection
 from laser_dist.retrieval.encoder import LaserEncoder
 from laser_dist.retrieval.evaluation.evaluate import evaluate, written_rationales
 from laser_dist.retrieval.loading import find_device
-from laser_dist.retrieval.metrics import evaluate_run
+from laser_dist.retrieval.metrics import Run, evaluate_run
 from laser_dist.study.definition import Test
 from laser_dist.study.rewriting import Rewriter
 
@@ -42,14 +42,18 @@ class Measurer:
         self.vectors: dict[tuple[str, int], Any] = {}
 
     def task(self, split: str, test: Test) -> dict[str, Any]:
-        """Metrics, values per query, the model's precision, and seconds to encode one query alone."""
+        """Metrics, values per query, recall@100 of what shares no word with its query, the model's precision, and
+        seconds to encode one query alone.
+        """
         corpus, queries, qrels = read_collection(*self.job["splits"][split])
         queries, judged = keep_judged(queries, qrels)
+        hidden = out_of_reach(corpus, queries, judged)
         asked, writing = self._asked(queries, test)
         if self.encoder is None:
             texts = replace(asked, texts=_appended(asked)) if test.rationale != "none" else asked
-            metrics, per_query = evaluate_run(bm25_run(corpus, texts, 100), judged)
-            return {"metrics": metrics, "per_query": per_query}
+            found = bm25_run(corpus, texts, 100)
+            metrics, per_query = evaluate_run(found, judged)
+            return {"metrics": metrics, "per_query": per_query, "recall_unshared": _recall(found, hidden)}
         with _steps(self.encoder, test.steps) as encoder:
             vectors = self._corpus(corpus, split, test)
             explicit = test.view == "explicit"
@@ -57,9 +61,14 @@ class Measurer:
                 encoder, asked = _with_room(encoder), replace(asked, texts=_appended(asked))
             result = evaluate(encoder, corpus, asked, judged, passage_vectors=vectors, explicit=explicit)
             seconds = _latency(encoder, asked, explicit=explicit)
-        found = {"metrics": result.metrics, "per_query": result.per_query, "seconds_per_query": seconds + writing}
-        found["dtype"] = self.encoder.dtype
-        return found | ({"seconds_of_writing": writing} if writing else {})
+        return {
+            "metrics": result.metrics,
+            "per_query": result.per_query,
+            "recall_unshared": _recall(result.run, hidden),
+            "dtype": self.encoder.dtype,
+            "seconds_per_query": seconds + writing,
+            **({"seconds_of_writing": writing} if writing else {}),
+        }
 
     def _encoder(self) -> LaserEncoder | None:
         if self.job["kind"] == "bm25":
@@ -89,6 +98,11 @@ class Measurer:
             titles = corpus.titles if any(corpus.titles) else None
             self.vectors[key] = self.encoder.encode_passages(corpus.texts, titles=titles, steps=steps, progress=True)
         return self.vectors[key]
+
+
+def _recall(run: Run, qrels: Qrels) -> float | None:
+    """recall@100, over the queries of `qrels`; None without any."""
+    return evaluate_run(run, qrels)[0]["recall@100"] if qrels else None
 
 
 @contextmanager

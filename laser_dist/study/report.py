@@ -4,19 +4,22 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 
 from laser_dist.files import replacing
 from laser_dist.retrieval.evaluation.significance import Comparison
 from laser_dist.retrieval.metrics import METRICS
 from laser_dist.study.cells import BM25, FAILED, FINISHED, UNTRAINED
-from laser_dist.study.collect import Results
+from laser_dist.study.collect import Results, spread_of
 from laser_dist.study.definition import OWN, flat
 
 READING = """\
 Values are means over the test queries, ± the standard deviation over seeds (n − 1). The change and its 95 % interval
 (paired bootstrap over queries) and p (paired randomisation test, two-sided, with Holm's correction for the rows of a
 table) compare with {baseline}, where a table names no other method, query by query, after averaging each query over the
-seeds: they speak of other queries, not of other seeds. Test queries took part in no choice."""
+seeds: they speak of other queries, not of other seeds. Test queries took part in no choice. "No word shared" is
+recall@100 of those relevant passages that share no word with their query, stop words and endings aside: no keyword
+search finds them."""
 
 
 def write_report(results: Results, out: Path) -> Path:
@@ -85,7 +88,7 @@ def _progress(results: Results) -> str:
 
 def _main_table(results: Results, dataset: str) -> str:
     rows = [_row(results, dataset, name, test) for name, test in results.listed()]
-    head = ("method", *METRICS, f"change in {results.study.metric}", "p", "seeds", "s per step")
+    head = ("method", *METRICS, "no word shared", f"change in {results.study.metric}", "p", "seeds", "s per step")
     return markdown_table(head, rows)
 
 
@@ -93,7 +96,7 @@ def _row(results: Results, dataset: str, name: str, test: str) -> list[str]:
     entry, label = results.entry(dataset, name, test), results.title(name, test)
     failed = [r for r in results.rows if (r.cell.dataset, r.cell.method, r.state) == (dataset, name, FAILED)]
     if entry is None:
-        return [label, "failed" if failed else "not run", *[""] * (len(METRICS) + 3)]
+        return [label, "failed" if failed else "not run", *[""] * (len(METRICS) + 4)]
     wanted = 1 if name in (BM25, UNTRAINED) else len(results.study.seeds)
     change = p = ""
     if found := results.against_baseline.get((dataset, name, test)):
@@ -103,6 +106,7 @@ def _row(results: Results, dataset: str, name: str, test: str) -> list[str]:
     count = "–" if name in (BM25, UNTRAINED) else f"{len(entry.runs)}{lacking}"
     steps = results.seconds_per_step(dataset, name)
     values = [value_of(entry.mean(m), entry.spread(m)) for m in METRICS]
+    values.append(value_of(mean(entry.unshared), spread_of(entry.unshared)) if entry.unshared else "–")
     return [label, *values, change, p, count, f"{steps:.2f}" if steps else "–"]
 
 

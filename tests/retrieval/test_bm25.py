@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from laser_dist.retrieval.bm25 import bm25_run
+from laser_dist.retrieval.bm25 import bm25_run, out_of_reach
 from laser_dist.retrieval.collection import Corpus, Queries
 
 
@@ -51,3 +51,12 @@ def test_a_corpus_of_stop_words_finds_nothing():
 def test_is_quiet(capfd):
     bm25_run(corpus("apple", "pear"), queries("pear"), k=1)
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_shares_no_word_is_out_of_reach():
+    passages = corpus("pears ripen", "apple trees", "a plum", "the plum of it")
+    asked = queries("the pear", "an apple", "which of it")
+    qrels = {"q0": {"d0": 1, "d1": 1, "d2": 0}, "q1": {"d1": 2}, "q2": {"d3": 1}}
+    # "pears" is found by its stem, "of it" are stop words, and d2 is not relevant.
+    assert out_of_reach(passages, asked, qrels) == {"q0": {"d1": 1}, "q2": {"d3": 1}}
+    assert all("d1" != name for name, _ in bm25_run(passages, asked, 10)["q0"])

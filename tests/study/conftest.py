@@ -84,7 +84,10 @@ class Pretended:
         chance = {q: int(digest([cell.name, name, q])[:4], 16) / 65536 for q in QUERIES}
         per_query = {q: dict.fromkeys(METRICS, level + 0.05 * chance[q]) for q in QUERIES}
         means = dict.fromkeys(METRICS, sum(row["ndcg@10"] for row in per_query.values()) / len(QUERIES))
-        return {"metrics": means, "per_query": per_query, "seconds_per_query": 0.01 + 0.5 * ("rewritten" in name)}
+        seconds = 0.01 + 0.5 * ("rewritten" in name)
+        found = {"metrics": means, "per_query": per_query, "seconds_per_query": seconds}
+        # Seed 0 of contrastive was measured before there was such a value.
+        return found | ({} if "contrastive" in cell.name and "seed-0" in cell.name else {"recall_unshared": level})
 
 
 METRICS = ("ndcg@10", "recall@10", "recall@100", "mrr@10")

@@ -19,6 +19,9 @@ def test_tables_say_what_was_measured(written):
     text, results = file.read_text(), Results(workspace)
     laser = results.entry("d", "laser")
     assert f"| laser | {laser.mean('ndcg@10'):.3f} ± {laser.spread('ndcg@10'):.3f} |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| laser |"))
+    assert row.split(" | ")[5] == f"{laser.unshared[0]:.3f} ± 0.000"
+    assert next(line for line in text.splitlines() if line.startswith("| contrastive |")).split(" | ")[5] == "–"
     comparison, p = results.against_baseline["d", "laser", "own"]
     assert f"{comparison.difference:+.3f} ({comparison.interval[0]:+.3f}" in text and p >= comparison.p_randomisation
     assert comparison.difference == pytest.approx(

@@ -87,6 +87,7 @@ def test_cells_are_trained_measured_and_reported(ran):
     assert [cell.name for cell in cells] == ["seed-1"]
     found = [json.loads((cell / "result.json").read_text())["measured"] for cell in cells]
     assert all(set(tasks) == {"dev/own", "test/own", "test/oracle", "test/rewritten"} for tasks in found)
+    assert all(0 <= task["recall_unshared"] <= 1 for task in found[0].values())
     assert all(0 <= task["metrics"]["ndcg@10"] <= 1 and len(task["per_query"]) == 5 - 2 * (name == "dev/own")
                for tasks in found for name, task in tasks.items())  # fmt: skip
     assert {task["dtype"] for task in found[0].values()} == {"bfloat16"}
