@@ -61,6 +61,7 @@ REQUIRED = {
     "explain": ["--model", "m", "--query", "q"],
     "replay": ["runs/first/alarms/step-000001"],
     "study": ["study.toml"],
+    "dataset": ["entailmentbank", "--source", "s", "--out", "o"],
     "export": ["runs/first", "--out", "o"],
 }
 FLAGS = {
