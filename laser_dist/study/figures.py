@@ -68,6 +68,8 @@ def _methods(axis: Any, results: Results, dataset: str) -> bool:
 
 
 def _latency(axis: Any, results: Results, dataset: str) -> bool:
+    from matplotlib.ticker import LogFormatter
+
     metric, colours = results.study.metric, _colours(results)
     found = [results.entry(dataset, *pair) for pair in results.listed() if pair[0] != BM25]
     entries = [entry for entry in found if entry and entry.seconds]
@@ -76,6 +78,8 @@ def _latency(axis: Any, results: Results, dataset: str) -> bool:
         name, x = results.title(entry.method, entry.test), 1000 * (entry.seconds or 0)
         axis.errorbar(x, entry.mean(metric), entry.spread(metric), fmt=mark, color=colour, capsize=2, label=name)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(LogFormatter())  # 100, not 10²
+    axis.xaxis.set_minor_formatter(LogFormatter())
     axis.set(xlabel="ms per query, one at a time", ylabel=f"test {metric}")
     if bm25 := results.entry(dataset, BM25):
         axis.axhline(bm25.mean(metric), color="0.5", linestyle=":", linewidth=1, label="BM25")
@@ -154,6 +158,8 @@ def _steps_of(results: Results, method: Method) -> int:
 
 
 def _rewriting(axis: Any, results: Results, dataset: str) -> bool:
+    from matplotlib.patches import Patch
+
     metric, rows = results.study.metric, []
     tests: list[Test] = [test for test in results.study.tests.values() if test.rationale != "none"]
     names = [BM25, *results.study.methods]
@@ -162,9 +168,13 @@ def _rewriting(axis: Any, results: Results, dataset: str) -> bool:
             own, asked = results.entry(dataset, name), results.entry(dataset, name, test.name)
             if own and asked:
                 rows.append((f"{own.label}, {test.name}", asked.mean(metric) - own.mean(metric), test.rationale))
+    colours = {"oracle": "C0", "generated": "C1"}
     for place, (_, gain, rationale) in enumerate(rows):
-        axis.barh(place, gain, color="C0" if rationale == "oracle" else "C1")
+        axis.barh(place, gain, color=colours[rationale])
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [label for label, _, _ in rows], fontsize=7)
-    axis.set_xlabel(f"change in test {metric} (blue: oracle rationale, orange: generated)")
+    axis.set_xlabel(f"change in test {metric}")
+    axis.legend(
+        handles=[Patch(color=colour, label=f"{name} rationale") for name, colour in colours.items()], fontsize=7
+    )
     return bool(rows)
