@@ -51,14 +51,14 @@ def out_of_reach(corpus: Corpus, queries: Queries, qrels: Qrels) -> Qrels:
 
     Queries that have none are left out.
     """
-    texts = [f"{title} {text}" for title, text in zip(corpus.titles, corpus.texts, strict=True)]
-    terms = {name: set(words) for name, words in zip(corpus.ids, _words(texts), strict=True)}
+    judged = {name for grades in qrels.values() for name in grades}
+    rows = [row for row, name in enumerate(corpus.ids) if name in judged]
+    words_of = _words([f"{corpus.titles[row]} {corpus.texts[row]}" for row in rows])
+    terms = {corpus.ids[row]: set(words) for row, words in zip(rows, words_of, strict=True)}
     found: Qrels = {}
     for query, words in zip(queries.ids, _words(queries.texts), strict=True):
-        hidden = {
-            name: grade for name, grade in qrels.get(query, {}).items() if grade > 0 and not terms[name] & {*words}
-        }
-        if hidden:
+        relevant = {name: grade for name, grade in qrels.get(query, {}).items() if grade > 0}
+        if hidden := {name: grade for name, grade in relevant.items() if not terms[name] & {*words}}:
             found[query] = hidden
     return found
 

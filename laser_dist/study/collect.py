@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean, stdev
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from laser_dist.retrieval.evaluation.significance import Comparison, compare
 from laser_dist.retrieval.metrics import METRICS
@@ -39,8 +39,8 @@ class Entry:
     @property
     def unshared(self) -> list[float]:
         """Per seed, recall@100 of the relevant passages that share no word with their query."""
-        known = [run.get("recall_unshared") for run in self.runs]  # runs of before it was measured have none
-        return [value for value in known if value is not None] if None not in known else []
+        known: list[Any] = [run.get("recall_unshared") for run in self.runs]  # runs of before it was measured have none
+        return known if None not in known else []
 
     def per_query(self, metric: str) -> dict[str, float]:
         """Query id -> mean over the seeds."""
@@ -178,7 +178,7 @@ class Results:
             for name, run in (row.measured or {"": {}}).items():
                 split, _, test = name.partition("/")
                 metrics = {metric: run.get("metrics", {}).get(metric) for metric in METRICS}
-                others = {name: run.get(name) for name in ("recall_unshared", "seconds_per_query")}
+                others = {value: run.get(value) for value in ("recall_unshared", "seconds_per_query")}
                 rows.append({**about, "state": row.state, "split": split, "test": test, **metrics, **others})
         return rows
 

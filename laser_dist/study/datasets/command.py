@@ -46,10 +46,10 @@ def main(arguments: list[str]) -> int:
     if config.negatives < 1:
         raise UserError(f"--negatives {config.negatives}: must be at least 1")
     task = importlib.import_module(f"laser_dist.study.datasets.{config.name}").read(config.source)
-    counts = {split: len(questions) for split, questions in task.splits.items()} | {"corpus": len(task.facts.texts)}
-    for split, count in counts.items():
-        if not count:
+    for split, questions in task.splits.items():
+        if not questions:
             raise UserError(f"{config.source}: no {split} question in it: is it complete?")
+    counts = {split: len(questions) for split, questions in task.splits.items()} | {"corpus": len(task.facts.texts)}
     staging = config.out.with_name(f".{config.out.name}.unfinished")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

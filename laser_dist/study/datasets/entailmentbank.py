@@ -20,21 +20,19 @@ _STEP = re.compile(r"((?:sent|int)\d+(?: & (?:sent|int)\d+)*) -> (int\d+|hypothe
 def read(source: Path) -> Task:
     """Of the unpacked release, entailment_trees_emnlp2021_data_v3. Raises UserError for what is not as published."""
     task = Task()
+    facts = task.facts
     for name, text in _corpus(source / CORPUS).items():
         if text != "DUMMY":  # the first entry
-            task.facts.add(text, name)
-    leaves = 0
+            facts.add(text, name)
     for split in SPLITS:
         for where, row in rows_of(source / "dataset" / "task_1" / f"{split}.jsonl"):
-            sentences = value_of(where, value_of(where, row, "meta", dict), "triples", dict)
-            premises, conclusions = _steps(where, row)
-            facts = []
-            for name in premises:
-                # A leaf that annotators wrote is in no corpus: it becomes a passage of its own.
-                facts.append(task.facts.add(value_of(where, sentences, name, str), f"EB_leaf:{leaves}"))
-                leaves += facts[-1] == f"EB_leaf:{leaves}"
+            meta = value_of(where, row, "meta", dict)
+            sentences = value_of(where, meta, "triples", dict)
+            premises, conclusions = _steps(where, row, meta)
+            # A leaf that annotators wrote is in no corpus: it becomes a passage of its own.
+            leaves = [facts.number(value_of(where, sentences, name, str), "EB_leaf:") for name in premises]
             name, question = value_of(where, row, "id", str), value_of(where, row, "question", str)
-            task.add(split, Question(f"eb-{name}", question, conclusions, list(dict.fromkeys(facts))))
+            task.add(split, Question(f"eb-{name}", question, conclusions, list(dict.fromkeys(leaves))))
     return task
 
 
@@ -50,9 +48,9 @@ def _corpus(path: Path) -> dict[str, str]:
     return texts
 
 
-def _steps(where: str, row: dict[str, Any]) -> tuple[list[str], list[str]]:
+def _steps(where: str, row: dict[str, Any], meta: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The sentences that a proof uses, and its conclusions, both in its order."""
-    intermediate = value_of(where, value_of(where, row, "meta", dict), "intermediate_conclusions", dict)
+    intermediate = value_of(where, meta, "intermediate_conclusions", dict)
     steps = _STEP.findall(value_of(where, row, "proof", str))
     if not steps:
         raise UserError(f'{where}: proof: no step like "sent1 & sent2 -> hypothesis" in it: is this task_1?')

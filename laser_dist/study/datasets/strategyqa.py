@@ -6,6 +6,7 @@ decomposition. Only the training file has both, so dev and test are parts of it,
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from laser_dist.errors import UserError
 from laser_dist.study.datasets.task import Question, Task, rows_of, value_of
@@ -13,14 +14,11 @@ from laser_dist.study.datasets.task import Question, Task, rows_of, value_of
 
 def read(source: Path) -> Task:
     """Of strategyqa_train.json, or the folder it is in. Raises UserError for what is not as published."""
-    task, count = Task(), 0
+    task = Task()
     for where, row in rows_of(source / "strategyqa_train.json" if source.is_dir() else source):
         name, text = value_of(where, row, "qid", str), value_of(where, row, "question", str)
-        facts = []
-        for fact in _texts(where, value_of(where, row, "facts", list), "facts"):
-            facts.append(task.facts.add(fact, f"sqa-f{count}"))
-            count += facts[-1] == f"sqa-f{count}"
-        decomposition = _texts(where, value_of(where, row, "decomposition", list), "decomposition")
+        facts = [task.facts.number(fact, "sqa-f") for fact in _texts(where, row, "facts")]
+        decomposition = _texts(where, row, "decomposition")
         task.add(_split(name), Question(f"sqa-{name}", text, decomposition, list(dict.fromkeys(facts))))
     return task
 
@@ -31,7 +29,8 @@ def _split(name: str) -> str:
     return "test" if part < 15 else "dev" if part < 22 else "train"
 
 
-def _texts(where: str, values: list[object], name: str) -> list[str]:
+def _texts(where: str, row: dict[str, Any], name: str) -> list[str]:
+    values = value_of(where, row, name, list)
     texts = [value.strip() for value in values if isinstance(value, str) and value.strip()]
     if len(texts) < len(values):
         raise UserError(f"{where}: {name}: expected sentences, got {values!r:.60}")

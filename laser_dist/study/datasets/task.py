@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from laser_dist.data.mining import mine
+from laser_dist.data.sources.read import read_source
 from laser_dist.errors import UserError
-from laser_dist.reading import LARGEST_RESULTS, decode_json, read_json
+from laser_dist.reading import LARGEST_RESULTS, read_json
 
 SPLITS = ("train", "dev", "test")
 Kind = TypeVar("Kind")
@@ -25,12 +26,20 @@ class Facts:
     texts: dict[str, str] = field(default_factory=dict)
     """id -> text, in the order they were added"""
     _ids: dict[str, str] = field(default_factory=dict)
+    _numbered: int = 0
 
     def add(self, text: str, new_id: str) -> str:
         """The id of a text: of what is there already, or else `new_id`."""
         found = self._ids.setdefault(" ".join(re.findall(r"[a-z0-9]+", text.lower())), new_id)
         if found == new_id:
             self.texts[new_id] = " ".join(text.split())
+        return found
+
+    def number(self, text: str, prefix: str) -> str:
+        """`add` of a text that has no id of its own: new ones are counted, from 0."""
+        new_id = f"{prefix}{self._numbered}"
+        found = self.add(text, new_id)
+        self._numbered += found == new_id
         return found
 
 
@@ -100,21 +109,23 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of a JSON list or of JSON lines. Raises UserError for a file that is neither, or is not there."""
+    values = (row for _, row in read_source(str(path))) if path.suffix == ".jsonl" else _list(path)
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: question {number}: expected an object, got {type(value).__name__}")
+        yield f"{path}: question {number}", value
+
+
+def _list(path: Path) -> list[Any]:
     try:
-        if path.suffix == ".jsonl":
-            values = [decode_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        else:
-            values = read_json(path, LARGEST_RESULTS)
+        values = read_json(path, LARGEST_RESULTS)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give --source the folder that holds the authors' files") from None
     except ValueError as error:
         raise UserError(f"{path}: no JSON as the authors publish it: {error}") from None
     if not isinstance(values, list):
         raise UserError(f"{path}: expected a list of questions, got {type(values).__name__}")
-    for number, value in enumerate(values, 1):
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: question {number}: expected an object, got {type(value).__name__}")
-        yield f"{path}: question {number}", value
+    return values
 
 
 def value_of(where: str, row: dict[str, Any], name: str, kind: type[Kind]) -> Kind:
