@@ -11,6 +11,7 @@ import tyro
 from laser_dist.errors import UserError
 from laser_dist.files import rename_over, write_json
 
+COUNTS = "counts.json"
 HELP = """Make a retrieval task of a dataset's own files: corpus, training rows with BM25 negatives, dev and test.
 
 Download and unpack first: entailmentbank from https://allenai.org/data/entailmentbank, strategyqa from
@@ -41,8 +42,7 @@ class DatasetConfig:
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code. Raises UserError for files that are not as published."""
     config = tyro.cli(DatasetConfig, args=arguments, prog="laser-dist dataset", description=HELP)
-    if config.out.exists() and not config.overwrite:
-        raise UserError(f"--out {config.out} exists: choose another name, or replace it with --overwrite")
+    _check_target(config.out, config.overwrite)
     if config.negatives < 1:
         raise UserError(f"--negatives {config.negatives}: must be at least 1")
     task = importlib.import_module(f"laser_dist.study.datasets.{config.name}").read(config.source)
@@ -54,7 +54,15 @@ def main(arguments: list[str]) -> int:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     task.write(staging, config.negatives)
-    write_json(staging / "counts.json", counts)
+    write_json(staging / COUNTS, counts)
     rename_over(staging, config.out)
     print(f"{config.out}: {counts['corpus']:,} passages; " + ", ".join(f"{counts[s]:,} {s}" for s in task.splits))
     return 0
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    """UserError unless `out` is new, or a folder of ours that may be replaced."""
+    if out.exists() and not overwrite:
+        raise UserError(f"--out {out} exists: choose another name, or replace it with --overwrite")
+    if out.exists() and not (out / COUNTS).is_file():
+        raise UserError(f"--out {out} was not made by this command, and --overwrite does not delete that: move it away")

@@ -177,3 +177,16 @@ def test_a_folder_that_exists_is_kept(tmp_path: Path, capsys: pytest.CaptureFixt
     (out / "notes.txt").write_text("mine")
     assert main(["dataset", "entailmentbank", "--source", str(source), "--out", str(out)]) == 2
     assert "--overwrite" in capsys.readouterr().err and (out / "notes.txt").read_text() == "mine"
+
+
+def test_overwriting_deletes_only_what_this_command_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = released(tmp_path / "eb", train=[YEAR], dev=[MONTH], test=[SUMMER]), tmp_path / "out"
+    again = ["dataset", "entailmentbank", "--source", str(source), "--out", str(out), "--overwrite"]
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert main(again) == 2
+    assert "move it away" in capsys.readouterr().err and (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    out.rmdir()
+    assert main(again) == 0 and main(again) == 0
+    assert not list(tmp_path.glob(".out*"))
