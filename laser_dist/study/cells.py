@@ -9,7 +9,6 @@ OUT/cells/DATASET/METHOD/POINT/seed-S/
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -113,15 +112,26 @@ class Cell:
 class Workspace:
     """Where a study's cells lie, and what each is made of."""
 
-    def __init__(self, study: Study, out: Path, data: dict[str, Prepared], model: str):
-        """`model`: hub id or folder that stands for base.model.name where the study names none."""
+    def __init__(
+        self, study: Study, out: Path, data: dict[str, Prepared], model: str, models: dict[str, Any] | None = None
+    ):
+        """`model`: hub id or folder that stands for base.model.name where the study names none; `models`: what is known
+        to identify backbones that need not be here.
+        """
         self.study, self.out, self.data, self.model = study, out, data, model
+        self.models = dict(models or {})
 
-    def cells(self, dataset: str, method: Method, point: Table, seeds: Iterable[int]) -> list[Cell]:
-        return [self.cell(dataset, method, point, seed) for seed in seeds]
+    @property
+    def model_name(self) -> str:
+        """The model's hub id, or its folder's name without the way there."""
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
+
+    def cells(self, dataset: str, method: Method, point: Table) -> list[Cell]:
+        """One for each of the method's seeds."""
+        return [self.cell(dataset, method, point, seed) for seed in self.study.seeds_of(method)]
 
     def cell(self, dataset: str, method: Method, point: Table, seed: int) -> Cell:
-        """One training run. UserError for a recipe that cannot train."""
+        """One training run."""
         study, prepared = self.study, self.data[dataset]
         folder = self.out / "cells" / dataset / method.name / (slug(point) or "only") / f"seed-{seed}"
         config = self._placed(study.config(method, point), prepared, seed, folder)
@@ -131,7 +141,6 @@ class Workspace:
             teacher, known = str(taught_by.run), taught_by.key
             config = replace(config, objective=replace(config.objective, teacher=teacher))
             identity["objective"] = identity["objective"] | {"teacher": known}
-        config.validate()
         return Cell(dataset, method.name, seed, point, config, folder, identity)
 
     def baseline(self, dataset: str, name: str) -> Cell:
@@ -216,7 +225,10 @@ class Workspace:
         table = {name: value for name, value in asdict(config).items() if name in kept}
         table["data"] = {k: table["data"][k] for k in ("homogeneous", "negatives", "shuffle", "shuffle_shards")}
         table["data"]["train"] = prepared.hashes["train"]
-        table["model"]["name"] = model_identity(config.model.name)
+        name = self.model_name if config.model.name == self.model else config.model.name
+        if name not in self.models:
+            self.models[name] = model_identity(config.model.name)
+        table["model"]["name"] = self.models[name]
         return json.loads(json.dumps(table | {"processes": self.study.processes}))
 
 

@@ -23,8 +23,12 @@ class Entry:
     method: str
     label: str
     test: str
-    runs: list[Table]
-    """What each seed's cell measured."""
+    by_seed: dict[int | None, Table]
+    """What each seed's cell measured; of None for a baseline."""
+
+    @property
+    def runs(self) -> list[Table]:
+        return list(self.by_seed.values())
 
     def values(self, metric: str) -> list[float]:
         return [run["metrics"][metric] for run in self.runs]
@@ -42,10 +46,11 @@ class Entry:
         known: list[Any] = [run.get("recall_unshared") for run in self.runs]  # runs of before it was measured have none
         return known if None not in known else []
 
-    def per_query(self, metric: str) -> dict[str, float]:
-        """Query id -> mean over the seeds."""
-        queries = self.runs[0]["per_query"]
-        return {query: mean(run["per_query"][query][metric] for run in self.runs) for query in queries}
+    def per_query(self, metric: str, other: "Entry") -> dict[str, float]:
+        """Query id -> mean over the seeds that `other` has, too; over all where they share none."""
+        shared = self.by_seed.keys() & other.by_seed.keys()
+        runs = [run for seed, run in self.by_seed.items() if seed in shared or not shared]
+        return {query: mean(run["per_query"][query][metric] for run in runs) for query in runs[0]["per_query"]}
 
     @property
     def seconds(self) -> float | None:
@@ -150,25 +155,27 @@ class Results:
     def compare(
         self, first: tuple[str, str], second: tuple[str, str], tests: tuple[str, str] = (OWN.name, OWN.name)
     ) -> Comparison | None:
-        """Paired over the test queries, each with its mean over seeds; None where one of the two is not there."""
-        sides = [self.entry(*side, test) for side, test in zip((first, second), tests, strict=True)]
-        if sides[0] is None or sides[1] is None:
+        """Paired over the test queries, each with its mean over the seeds that both have; None where one of the two is
+        not there.
+        """
+        one, other = (self.entry(*side, test) for side, test in zip((first, second), tests, strict=True))
+        if one is None or other is None:
             return None
-        return compare(*(side.per_query(self.study.metric) for side in sides if side))
+        return compare(one.per_query(self.study.metric, other), other.per_query(self.study.metric, one))
 
     def counts(self) -> dict[str, int]:
         states = [row.state for row in self.rows]
         return {state: states.count(state) for state in (FINISHED, FAILED, "started", "waiting")}
 
     def _entries(self) -> Iterator[Entry]:
-        found: dict[tuple[str, str, str], list[Table]] = {}
+        found: dict[tuple[str, str, str], dict[int | None, Table]] = {}
         for row in self.rows:
             for name, run in row.measured.items() if row.chosen else ():
                 split, _, test = name.partition("/")
                 if split == "test":
-                    found.setdefault((row.cell.dataset, row.cell.method, test), []).append(run)
-        for (dataset, method, test), runs in found.items():
-            yield Entry(dataset, method, self.label(method), test, runs)
+                    found.setdefault((row.cell.dataset, row.cell.method, test), {})[row.cell.seed] = run
+        for (dataset, method, test), by_seed in found.items():
+            yield Entry(dataset, method, self.label(method), test, by_seed)
 
     def table(self) -> list[Table]:
         """One row per cell and measurement, for results.csv."""
@@ -219,7 +226,7 @@ def _rows(workspace: Workspace) -> Iterator[Row]:
             choice = workspace.choice(dataset, method)
             points = [choice or {}] if method.point_of else study.points(method)
             tuned = [(point, study.seeds[0]) for point in points if len(points) > 1]
-            final = [(points[0] if choice is None else choice, seed) for seed in study.seeds]
+            final = [(points[0] if choice is None else choice, seed) for seed in study.seeds_of(method)]
             if choice is None and len(points) > 1:
                 final = final[1:]  # seed 0 of the chosen point is one of those it is chosen from
             for point, seed in tuned + [pair for pair in final if pair not in tuned]:

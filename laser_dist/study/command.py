@@ -32,7 +32,7 @@ Examples:
   laser-dist study my.toml --data datasets/ --list
   laser-dist study my.toml --data datasets/ --only entailmentbank/laser
   laser-dist study my.toml --data datasets/ --slurm
-  laser-dist study my.toml --data datasets/ --report-only
+  laser-dist study my.toml --report-only --store my-runs.tar.gz
 """
 EXIT_FAILED = 1
 EXIT_STOPPED = 75
@@ -59,7 +59,9 @@ class Arguments:
     dry_run: bool = False
     """Show how many cells there are to run, and how long the ones that ran took; run nothing."""
     report_only: bool = False
-    """Make the report of what is there; run nothing."""
+    """Make the report of the runs that are there; run nothing."""
+    store: Path | None = None
+    """Pack all that the report is made of into this .tar.gz. Unpacked into --out, it is enough for --report-only."""
     slurm: bool = False
     """Write job arrays into the folder instead of running anything."""
 
@@ -70,10 +72,13 @@ def main(argv: list[str]) -> int:
     study = read_study(args.study)
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: must be at least 1")
+    if args.store and (args.list or args.dry_run or args.slurm):
+        raise UserError(f"--store {args.store}: packs what a report is made of: not with --list, --dry-run or --slurm")
     groups = _groups(study, args.only)
     from laser_dist.retrieval.evaluation.plot import require_matplotlib
+    from laser_dist.study.store import store
 
-    require_matplotlib()
+    require_matplotlib("a study's report")
     workspace = _workspace(study, args)
 
     from rich.console import Console
@@ -88,7 +93,11 @@ def main(argv: list[str]) -> int:
         (show_cells if args.list else show_estimate)(Results(workspace), console)
         return 0
     stopped = "" if args.report_only else _run(workspace, groups, args.jobs, console)
-    return _report(workspace, console, stopped)
+    status = _report(workspace, console, stopped)
+    if args.store:
+        store(workspace.out, args.store)
+        console.print(f"stored      {args.store}")
+    return status
 
 
 def _groups(study: Study, only: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -106,8 +115,11 @@ def _workspace(study: Study, args: Arguments) -> "Workspace":
     from laser_dist.model.embedded import embedded_backbone
     from laser_dist.study.cells import Workspace
     from laser_dist.study.data import find, prepare_dataset
+    from laser_dist.study.store import note, noted
 
     out = args.out or Path("runs/studies") / study.name
+    if args.report_only and (known := noted(study, out)):
+        return known
     for dataset in study.datasets.values():
         find(dataset, args.data)
     needs_model = not study.base.get("model", {}).get("name") and not args.model
@@ -120,7 +132,8 @@ def _workspace(study: Study, args: Arguments) -> "Workspace":
     for name in study.datasets:
         for method in study.methods.values():
             for point in study.points(method):
-                workspace.cell(name, method, point, study.seeds[0])
+                workspace.cell(name, method, point, study.seeds[0]).config.validate()
+    note(workspace)
     return workspace
 
 

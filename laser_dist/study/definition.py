@@ -117,6 +117,8 @@ class Study:
     notes: str = ""
     """Text below it: what was cut, and why."""
     seeds: list[int] = field(default_factory=lambda: [0])
+    ablation_seeds: list[int] = field(default_factory=list)
+    """Those of them that ablations are trained with, the first among them; unset: all."""
     metric: str = "ndcg@10"
     """Chosen by on dev, compared by on test."""
     baseline: str = ""
@@ -136,6 +138,10 @@ class Study:
         """All combinations of a method's grid, each as nested tables; [{}] where nothing is chosen."""
         grid = {} if method.point_of else flat(method.grid or self.grid)
         return [nested(dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
+
+    def seeds_of(self, method: Method) -> list[int]:
+        """The seeds that a method is trained with."""
+        return self.ablation_seeds if method.ablation and self.ablation_seeds else self.seeds
 
     def config(self, method: Method, point: Table) -> RunConfig:
         """A cell's recipe, without paths and seed. UserError names the method whose values are wrong."""

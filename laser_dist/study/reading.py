@@ -90,6 +90,11 @@ def _check(study: Study) -> None:
         raise UserError(f"{where}: [methods.{taken.pop()}]: this baseline is always there: take another name")
     if not study.seeds or len(set(study.seeds)) < len(study.seeds) or any(type(s) is not int for s in study.seeds):
         raise UserError(f"{where}: seeds = {study.seeds}: give different whole numbers, at least one")
+    fewer = study.ablation_seeds
+    if fewer and fewer != [seed for seed in study.seeds if seed in {study.seeds[0], *fewer}]:
+        raise UserError(
+            f"{where}: ablation_seeds = {fewer}: give some of seeds = {study.seeds}, in their order and with the first"
+        )
     if study.metric not in METRICS:
         raise UserError(f"{where}: metric = {study.metric!r}: must be one of {', '.join(METRICS)}")
     named = [("baseline", study.baseline), ("reference", study.reference)]

@@ -9,7 +9,7 @@ from statistics import mean
 from laser_dist.files import replacing
 from laser_dist.retrieval.evaluation.significance import Comparison
 from laser_dist.retrieval.metrics import METRICS
-from laser_dist.study.cells import BM25, FAILED, FINISHED, UNTRAINED
+from laser_dist.study.cells import FAILED, FINISHED
 from laser_dist.study.collect import Results, spread_of
 from laser_dist.study.definition import OWN, flat
 
@@ -17,9 +17,9 @@ READING = """\
 Values are means over the test queries, ± the standard deviation over seeds (n − 1). The change and its 95 % interval
 (paired bootstrap over queries) and p (paired randomisation test, two-sided, with Holm's correction for the rows of a
 table) compare with {baseline}, where a table names no other method, query by query, after averaging each query over the
-seeds: they speak of other queries, not of other seeds. Test queries took part in no choice. "No word shared" is
-recall@100 of those relevant passages that share no word with their query, stop words and endings aside: no keyword
-search finds them."""
+seeds that both have: they speak of other queries, not of other seeds. Test queries took part in no choice. "No word
+shared" is recall@100 of those relevant passages that share no word with their query, stop words and endings aside: no
+keyword search finds them."""
 
 
 def write_report(results: Results, out: Path) -> Path:
@@ -97,13 +97,14 @@ def _row(results: Results, dataset: str, name: str, test: str) -> list[str]:
     failed = [r for r in results.rows if (r.cell.dataset, r.cell.method, r.state) == (dataset, name, FAILED)]
     if entry is None:
         return [label, "failed" if failed else "not run", *[""] * (len(METRICS) + 4)]
-    wanted = 1 if name in (BM25, UNTRAINED) else len(results.study.seeds)
     change = p = ""
     if found := results.against_baseline.get((dataset, name, test)):
         comparison, corrected = found
         change, p = change_of(comparison), _p(corrected)
-    lacking = f" of {wanted}" if len(entry.runs) < wanted else ""
-    count = "–" if name in (BM25, UNTRAINED) else f"{len(entry.runs)}{lacking}"
+    count = "–"
+    if name in results.study.methods:
+        wanted = len(results.study.seeds_of(results.study.methods[name]))
+        count = f"{len(entry.runs)}" + (f" of {wanted}" if len(entry.runs) < wanted else "")
     steps = results.seconds_per_step(dataset, name)
     values = [value_of(entry.mean(m), entry.spread(m)) for m in METRICS]
     values.append(value_of(mean(entry.unshared), spread_of(entry.unshared)) if entry.unshared else "–")

@@ -81,7 +81,7 @@ class Runner:
             method = self.study.methods[name]
             point = self._choose(dataset, method)
             if point is not None:
-                for cell in self.workspace.cells(dataset, method, point, self.study.seeds):
+                for cell in self.workspace.cells(dataset, method, point):
                     self._finish(cell, self.workspace.tasks(cell, chosen=True))
             self._drop_checkpoints(dataset)
 
@@ -202,7 +202,7 @@ class Runner:
                 continue
             chosen = self.workspace.choice(dataset, method)
             for point in self.study.points(method) if not method.point_of else [chosen or {}]:
-                for cell in self.workspace.cells(dataset, method, point, self.study.seeds):
+                for cell in self.workspace.cells(dataset, method, point):
                     if self.study.keep == "none" or point != chosen:
                         shutil.rmtree(checkpoints_of(cell.run), ignore_errors=True)
 
@@ -210,7 +210,7 @@ class Runner:
         point = self.workspace.choice(dataset, method)
         if point is None:
             return False
-        cells = self.workspace.cells(dataset, method, point, self.study.seeds)
+        cells = self.workspace.cells(dataset, method, point)
         return all(cell.state(self.workspace.tasks(cell, chosen=True)) == FINISHED for cell in cells)
 
 

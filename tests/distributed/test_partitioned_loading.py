@@ -126,6 +126,7 @@ def test_no_rank_holds_the_whole_model(tmp_path: Path) -> None:
     sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8}
     LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).save_pretrained(tmp_path / "deep")
     tiny_model_folder(tmp_path / "tiny")
-    # A half, and what gathered layers leave to the process's allocator; 0.65 to 1.05 was seen.
-    peaks = run_distributed(peak_of_loading, 2, tmp_path)
-    assert max(peaks) < 1.25, peaks
+    # A half, and what gathered layers leave to the process's allocator: 0.65 to 1.05 was seen, and 1.28 once with other
+    # work on all cores. Whoever loads it all needs it every time.
+    peaks = (max(run_distributed(peak_of_loading, 2, tmp_path)) for _ in range(3))
+    assert any(peak < 1.25 for peak in peaks)

@@ -121,6 +121,8 @@ def test_mistakes_are_named(tmp_path, text, said):
     [
         ("seeds = []\n", "at least one"),
         ("seeds = [1, 1]\n", "different"),
+        ("seeds = [1, 2]\nablation_seeds = [2]\n", r"ablation_seeds = \[2\]: give some of seeds = \[1, 2\]"),
+        ("seeds = [1, 2]\nablation_seeds = [1, 3]\n", "with the first"),
         ('metric = "ndcg"\n', "ndcg@10"),
         ('keep = "all"\n', "must be one of none, best"),
         ('seeds = ["a"]\n', r"expected list\[int\]"),

@@ -1,12 +1,15 @@
 import csv
 import io
+import tarfile
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from laser_dist.study import command
 from laser_dist.study.collect import Results, holm
 from laser_dist.study.report import write_report
 from laser_dist.study.running import CellFailed
+from laser_dist.study.store import note, store
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,35 @@ def test_the_same_runs_make_the_same_report(written):
     before = {path.name: path.read_bytes() for path in file.parent.iterdir() if path.is_file()}
     write_report(Results(workspace), file.parent)
     assert before == {path.name: path.read_bytes() for path in file.parent.iterdir() if path.is_file()}
+
+
+def test_stored_runs_make_the_same_report_elsewhere(written, tmp_path):
+    """Without data, checkpoints and backbone, with one command; and the same runs are stored as the same bytes."""
+    workspace, file = written
+    note(workspace)
+    for name in ("a.tar.gz", "b.tar.gz"):
+        store(workspace.out, tmp_path / name)
+    assert (tmp_path / "a.tar.gz").read_bytes() == (tmp_path / "b.tar.gz").read_bytes()
+    with tarfile.open(tmp_path / "a.tar.gz") as archive:
+        names = archive.getnames()
+        archive.extractall(tmp_path / "out", filter="data")
+    assert not [name for name in names if "checkpoints" in name or name.endswith(("recipe.toml", "measure.json"))]
+    (tmp_path / "s.toml").write_text(workspace.study.file.read_text())
+    assert command.main([str(tmp_path / "s.toml"), "--out", str(tmp_path / "out"), "--report-only"]) == 0
+    for name in ("report.md", "results.csv", "methods.png", "curves.png"):
+        assert (tmp_path / "out/report" / name).read_bytes() == (file.parent / name).read_bytes(), name
+
+
+def test_an_ablation_with_fewer_seeds_is_compared_over_those(make, go, pretended, text):
+    """Of the other's two seeds the shared one counts: else a seed's luck would look like the method's."""
+    workspace = make(text.replace("seeds = [0, 1]", "seeds = [0, 1]\nablation_seeds = [0]"))
+    go(workspace)
+    results = Results(workspace)
+    both, laser = results.entry("d", "both-views"), results.entry("d", "laser")
+    assert list(both.by_seed) == [0] and list(laser.by_seed) == [0, 1]
+    found = results.compare(("d", "laser"), ("d", "both-views"))
+    assert found.difference == pytest.approx(both.values("ndcg@10")[0] - laser.values("ndcg@10")[0])
+    assert "All 10 cells are finished." in write_report(results, workspace.out / "report").read_text()
 
 
 def test_failures_and_gaps_are_shown(make, go, pretended):

@@ -127,4 +127,6 @@ def test_mistakes_before_anything_runs(setting):
         study(setting, "--only", "small/lasre")
     with pytest.raises(UserError, match="--data FOLDER"):
         command.main([str(setting / "study.toml"), "--data", str(setting / "nowhere"), "--out", str(setting / "x")])
+    with pytest.raises(UserError, match="not with --list"):
+        study(setting, "--list", "--store", setting / "x")
     assert not (setting / "x").exists()

@@ -12,10 +12,10 @@ Systems = Mapping[str, tuple[Mapping[str, float], Mapping[str, Mapping[str, floa
 """System name -> (metric -> mean, query id -> metric -> value); the first is what the others are compared with."""
 
 
-def require_matplotlib() -> None:
-    """UserError where it is missing, before anything expensive."""
+def require_matplotlib(what: str = "--plot") -> None:
+    """UserError where it is missing, before anything expensive; `what` needs it."""
     if find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install 'laser-dist[plots]'")
+        raise UserError(f"{what} needs matplotlib: pip install 'laser-dist[plots]'")
 
 
 def plot_results(path: str | Path, systems: Systems, *, metric: str = "ndcg@10") -> None:
