@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from laser_dist.errors import UserError
+from laser_dist.errors import UserError, require
 from laser_dist.model.embedded import CACHED_BACKBONE
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def main(arguments: list[str]) -> int:
     from laser_dist.files import write_json
 
     if settings.plot is not None:
-        latency_report.require_matplotlib()
+        require("--plot", "matplotlib", extra="plots", instead="leave --plot out")
     result = run(settings)
     if settings.out is not None:
         write_json(settings.out, result)

@@ -1,6 +1,5 @@
 """What `bench latency` found: percentiles, ratios within a round, tables and a chart."""
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from laser_dist.bench.latency import PASS, REWRITE, Cell, laser_name
-from laser_dist.errors import UserError
 from laser_dist.files import replacing
 
 if TYPE_CHECKING:
@@ -19,12 +17,6 @@ _CLOCKS = {"wall": ("wall_s", "ratio", "time"), "cpu": ("cpu_s", "cpu_ratio", "C
 _OWN_SHARE = 0.9
 # Okabe and Ito's colours, which colour-blind readers can tell.
 _COLOURS = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999")
-
-
-def require_matplotlib() -> None:
-    """UserError if no chart can be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install 'laser-dist[plots]', or leave --plot out")
 
 
 def summarise(cell: Cell) -> dict[str, Any]:

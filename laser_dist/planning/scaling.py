@@ -9,7 +9,7 @@ import io
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from laser_dist.errors import UserError
+from laser_dist.errors import require
 from laser_dist.planning.communication import transfers
 from laser_dist.planning.job import GIB, Job
 from laser_dist.planning.options import Option, fastest, nearest, options_of
@@ -63,10 +63,7 @@ def write_scaling(settings: "Settings") -> int:
     """scaling.csv, scaling.md and scaling.png in the folder of the settings; prints the table."""
     from laser_dist.planning.cli import write_text
 
-    try:
-        import matplotlib  # noqa: F401 - before anything is written
-    except ModuleNotFoundError:
-        raise UserError("--scaling draws with matplotlib: pip install 'laser-dist[plots]'") from None
+    require("--scaling draws a chart, which", "matplotlib", extra="plots")
     assert settings.out is not None
     found = {rank: best_at_each_size(settings.job(rank)) for rank in settings.ranks}
     rows = [row(option) for options in found.values() for option in options]

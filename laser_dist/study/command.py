@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from laser_dist.errors import UserError, suggest
+from laser_dist.errors import UserError, require, suggest
 from laser_dist.study.definition import Study
 from laser_dist.study.reading import read_study
 
@@ -75,10 +75,9 @@ def main(argv: list[str]) -> int:
     if args.store and (args.list or args.dry_run or args.slurm):
         raise UserError(f"--store {args.store}: packs what a report is made of: not with --list, --dry-run or --slurm")
     groups = _groups(study, args.only)
-    from laser_dist.retrieval.evaluation.plot import require_matplotlib
     from laser_dist.study.store import store
 
-    require_matplotlib("a study's report")
+    require("a study's report", "matplotlib", extra="plots")
     workspace = _workspace(study, args)
 
     from rich.console import Console

@@ -23,6 +23,8 @@ def run_command(
     """
     with tempfile.TemporaryDirectory(prefix="run-command-") as folder:
         output, errors = Path(folder, "output"), Path(folder, "errors")
+        for file in (output, errors):
+            file.touch()  # a process may be killed before it opens them
         started = start_command(*arguments, env=env, ranks=ranks, output=output, errors=errors)
         code: int | None = None
         with contextlib.suppress(TimeoutError):

@@ -88,13 +88,19 @@ def test_rounds_take_turns_in_reverse_order(model, shards, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["webdataset_batches", "datasets_batches"])
-@pytest.mark.parametrize("wrong", ["drops an example", "repeats an example", "cuts a token", "another text"])
+@pytest.mark.parametrize(
+    "wrong", ["drops an example", "repeats an example", "repeats the last one", "cuts a token", "another text"]
+)
 def test_nothing_is_reported_when_a_loader_yields_something_else(
     model, shards, tmp_path, monkeypatch, capsys, here, name, wrong
 ):
-    right = getattr(plain_loaders, name)
+    """A pass's last example was repeated unseen: plain pipelines shuffle, so that this failed one time in some."""
+    right, seen = getattr(plain_loaders, name), []
 
     def spoil(examples: list[Example]) -> list[Example]:
+        seen.extend(examples)
+        if wrong == "repeats the last one":
+            return [*examples, examples[-1]] if len(seen) == 26 else examples
         number = (
             [example.query_id for example in examples].index("q7")
             if any(e.query_id == "q7" for e in examples)
@@ -117,7 +123,8 @@ def test_nothing_is_reported_when_a_loader_yields_something_else(
     arguments = ["--model", str(model), "--data", str(shards), "--rounds", "1", "--out", str(out)]
     assert main(["bench", "loader", *arguments]) == 2
     told = capsys.readouterr()
-    assert told.out == "" and not out.exists() and "nothing is reported" in told.err and "q7" in told.err
+    assert told.out == "" and not out.exists() and "nothing is reported" in told.err
+    assert ("comes twice" if wrong == "repeats the last one" else "q7") in told.err
 
 
 def test_a_timed_pass_that_yields_something_else_is_not_reported(model, shards, monkeypatch):

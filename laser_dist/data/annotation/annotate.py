@@ -7,11 +7,10 @@ Every answer goes to `OUT.journal.jsonl` the moment it is there, and the same co
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from laser_dist.errors import UserError
+from laser_dist.errors import UserError, require
 from laser_dist.reading import decode_json, read_object
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ def main(arguments: list[str]) -> int:
 
     config = tyro.cli(AnnotateConfig, args=arguments, prog="laser-dist annotate", description=HELP)
     config.validate()
-    _require_libraries()
+    require("annotate", "httpx2", "tenacity", extra="annotate")
     from laser_dist.data.annotation.asking import Job
     from laser_dist.data.annotation.chat import check_base_url, read_key
     from laser_dist.data.annotation.journal import Journal
@@ -142,11 +141,6 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         where, what = error.filename or config.out, error.strerror or error
         raise UserError(f"{where}: {what}; finished answers are kept: the same command continues") from error
-
-
-def _require_libraries() -> None:
-    if missing := [name for name in ("httpx2", "tenacity") if find_spec(name) is None]:
-        raise UserError(f"annotate needs {' and '.join(missing)}: pip install 'laser-dist[annotate]'")
 
 
 def _extra(config: AnnotateConfig) -> dict[str, Any]:

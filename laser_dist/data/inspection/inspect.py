@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laser_dist.config import RunConfig, TextConfig, ThinkingConfig
-from laser_dist.errors import UserError
+from laser_dist.errors import UserError, require
 from laser_dist.model.embedded import CACHED_BACKBONE
 from laser_dist.recipe import read_recipe
 
@@ -112,7 +112,6 @@ def _inspect(shards: str, config: InspectConfig, recipe: RunConfig) -> int:
 
     manifest = load_manifest(shards)  # before what imports torch
     from laser_dist.data.inspection.findings import JsonPrinter, Printer, plain
-    from laser_dist.data.inspection.report import require_matplotlib
     from laser_dist.data.inspection.show import shown_rows
     from laser_dist.data.inspection.survey import Survey
     from laser_dist.data.inspection.suspicion import rules
@@ -122,7 +121,7 @@ def _inspect(shards: str, config: InspectConfig, recipe: RunConfig) -> int:
 
     quiet_libraries()
     if config.out is not None:
-        require_matplotlib()
+        require("--out draws charts, which", "matplotlib", extra="plots", instead="leave --out out")
         _check_target(config.out, config.overwrite)
     tokenizer = load_tokenizer(replace(recipe.model, name=config.model or str(CACHED_BACKBONE)))
     text = TextFormat(tokenizer, config.text, steps=config.thinking.steps)

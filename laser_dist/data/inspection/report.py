@@ -1,13 +1,11 @@
 """What `inspect` found as a folder: report.json, charts (PNG), and the same for TensorBoard."""
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from laser_dist.data.inspection.survey import Lengths, Survey
-from laser_dist.errors import UserError
 from laser_dist.files import sync_folder, write_json
 
 if TYPE_CHECKING:
@@ -17,14 +15,6 @@ if TYPE_CHECKING:
 FILES = ("report.json", "lengths.png", "segments.png", "tensorboard")
 _BLUE, _DARK, _RED = "#4878a8", "#222222", "#c0392b"
 _BINS = 40
-
-
-def require_matplotlib() -> None:
-    """UserError if charts cannot be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(
-            "--out draws charts, which needs matplotlib: pip install 'laser-dist[plots]', or leave --out out"
-        )
 
 
 def write_report(folder: Path, survey: Survey, report: dict[str, Any], examples: list[str]) -> None:

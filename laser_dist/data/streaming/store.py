@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from laser_dist.data.manifest import Shard
 from laser_dist.data.streaming.redirects import Redirected, guarded
-from laser_dist.errors import UserError
+from laser_dist.errors import UserError, require
 from laser_dist.reading import read_file
 from laser_dist.redaction import check_address
 
@@ -193,12 +193,12 @@ class RemoteStore:
 
         seconds, protocol = self.options.timeout, urlsplit(self.url).scheme
         if protocol == "s3":
-            _require_package("s3fs")
+            require("reading shards from s3://", "s3fs", extra="remote")
             limits = {"connect_timeout": seconds, "read_timeout": seconds, "retries": {"max_attempts": 0}}
             filesystem = fsspec.filesystem("s3", config_kwargs=limits)
             filesystem.retries = 1  # attempts are counted here
             return filesystem
-        _require_package("aiohttp")
+        require("reading shards from http(s)://", "aiohttp", extra="remote")
         from aiohttp import ClientTimeout
 
         limits = {"timeout": ClientTimeout(total=None, connect=seconds, sock_connect=seconds, sock_read=seconds)}
@@ -309,15 +309,6 @@ def _cause(error: Exception, timeout: float) -> tuple[str, bool]:
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return f"nothing, or next to nothing, came for {timeout:g} s", False
     return f"{type(error).__name__}{f': {text}' if (text := getattr(error, 'strerror', None)) else ''}", False
-
-
-def _require_package(name: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(name) is None:
-        raise UserError(
-            f"reading shards from a remote store needs the package {name}: pip install 'laser-dist[remote]'"
-        )
 
 
 def _matches(content: bytes, sha256: str) -> bool:

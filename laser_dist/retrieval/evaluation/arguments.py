@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from laser_dist.errors import UserError
+from laser_dist.errors import UserError, require
 from laser_dist.run_folder import existing_folder
 
 if TYPE_CHECKING:
@@ -94,9 +94,7 @@ def check_flags(args: Arguments) -> None:
         if (value := getattr(args, flag)) is not None and value < least:
             raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least {least}")
     if args.plot is not None:
-        from laser_dist.retrieval.evaluation.plot import require_matplotlib
-
-        require_matplotlib()
+        require("--plot", "matplotlib", extra="plots")
 
 
 def load_encoder(args: Arguments, folder: str | None = None) -> "LaserEncoder":

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from laser_dist.errors import UserError
+from laser_dist.errors import UserError, require
 from laser_dist.files import write_json
 from laser_dist.reading import LARGEST_RESULTS, read_object
 from laser_dist.retrieval.evaluation.significance import Comparison, compare
@@ -51,9 +51,7 @@ def main(argv: list[str]) -> int:
         if path is not None and path.is_dir():
             raise UserError(f"{flag} {path}: is a folder: give the name of a file")
     if args.plot is not None:
-        from laser_dist.retrieval.evaluation.plot import require_matplotlib
-
-        require_matplotlib()
+        require("--plot", "matplotlib", extra="plots")
     systems = read_systems(args.results, bm25=args.bm25)
     metrics = _metrics(systems, args.metric)
     baseline, *others = systems

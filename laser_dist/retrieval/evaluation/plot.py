@@ -1,21 +1,13 @@
 """Results as one picture: the means of every system, and what changed query by query."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from laser_dist.errors import UserError
 from laser_dist.files import replacing
 
 Systems = Mapping[str, tuple[Mapping[str, float], Mapping[str, Mapping[str, float]]]]
 """System name -> (metric -> mean, query id -> metric -> value); the first is what the others are compared with."""
-
-
-def require_matplotlib(what: str = "--plot") -> None:
-    """UserError where it is missing, before anything expensive; `what` needs it."""
-    if find_spec("matplotlib") is None:
-        raise UserError(f"{what} needs matplotlib: pip install 'laser-dist[plots]'")
 
 
 def plot_results(path: str | Path, systems: Systems, *, metric: str = "ndcg@10") -> None:

@@ -3,12 +3,11 @@
 import json
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from laser_dist.errors import UserError, suggest
+from laser_dist.errors import UserError, require, suggest
 from laser_dist.retrieval.metrics import METRICS, evaluate_run
 
 if TYPE_CHECKING:
@@ -37,8 +36,7 @@ SETS = {
 
 def find_tasks(name: str, data: Path | None) -> list[Any]:
     """mteb's tasks of a set or of one name; `data` holds their datasets. Raises UserError for what mteb lacks."""
-    if find_spec("mteb") is None:
-        raise UserError("--task needs mteb: pip install 'laser-dist[mteb]'")
+    require("--task", "mteb", extra="mteb")
     import mteb
     from mteb.abstasks import AbsTaskRetrieval
 

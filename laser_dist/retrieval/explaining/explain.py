@@ -1,12 +1,11 @@
 """`laser-dist explain`: a look inside the thinking of a retriever, for a few queries."""
 
-import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from laser_dist.errors import UserError
+from laser_dist.errors import UserError, require
 
 if TYPE_CHECKING:
     from laser_dist.retrieval.encoder import LaserEncoder
@@ -177,8 +176,8 @@ def _check_out(args: Arguments) -> None:
         raise UserError(f"--out {args.out}: is a file: choose another folder")
     if not args.overwrite and any((args.out / name).exists() for name in FILES):
         raise UserError(f"--out {args.out}: already holds an explanation: choose another folder, or give --overwrite")
-    if args.png and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--out draws PNGs, which needs matplotlib: pip install 'laser-dist[plots]', or give --no-png")
+    if args.png:
+        require("--out draws PNGs, which", "matplotlib", extra="plots", instead="give --no-png")
 
 
 def _discard(out: Path) -> None:

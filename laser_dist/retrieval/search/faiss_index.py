@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from laser_dist.errors import UserError
+from laser_dist.errors import UserError, require
 from laser_dist.files import sha256, sync_folder, write_json
 from laser_dist.reading import read_object
 from laser_dist.retrieval.search.origin import manifest_hash
@@ -58,7 +58,7 @@ def open_index(folder: Path, vectors: np.ndarray, kind: Kind, options: IndexOpti
 
     Raises UserError for one of other vectors or parameters, and for parameters that do not fit the vectors.
     """
-    _require_faiss()
+    _require_faiss(kind)
     path = folder / f"{kind}.index"
     built = _build_parameters(kind, options, *vectors.shape)
     if path.is_dir() and not rebuild:
@@ -104,14 +104,11 @@ def check_tuning(kind: Kind | Literal["exact"], options: IndexOptions, rebuild: 
     if kind == "exact" and rebuild:
         raise UserError("--rebuild-index: exact search has no index")
     if kind != "exact":
-        _require_faiss()
+        _require_faiss(kind)
 
 
-def _require_faiss() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("faiss") is None:
-        raise UserError("--index flat, hnsw and ivfpq need FAISS: pip install 'laser-dist[search]', or --index exact")
+def _require_faiss(kind: str) -> None:
+    require(f"--index {kind}", "faiss", extra="search", instead="--index exact")
 
 
 def _build_parameters(kind: Kind, options: IndexOptions, passages: int, dim: int) -> dict[str, int]:
