@@ -309,36 +309,51 @@ def test_checkpoint_and_export_give_the_trainers_vectors(setting: Path, tmp_path
 
 
 @pytest.fixture(scope="module")
-def bfloat16_losses(setting: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Of ZeRO-1."""
-    return losses_in_bfloat16(setting, tmp_path_factory.mktemp("bfloat16") / "run", stage=1)
+def in_bfloat16(setting: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of ZeRO-1."""
+    folder = tmp_path_factory.mktemp("bfloat16") / "run"
+    train_in_bfloat16(setting, folder, stage=1)
+    return folder
 
 
-def losses_in_bfloat16(setting: Path, folder: Path, *flags: object, stage: int) -> list[float]:
+def train_in_bfloat16(setting: Path, folder: Path, *flags: object, stage: int) -> None:
     flags = ("--train.deepspeed", f"zero{stage}", "--train.max-steps", 4, "--checkpoint.keep", 9, *flags)
     flags += ("--logging.term-gradient-norms-every", 1, "--model.dtype", "bfloat16")
     run("train", setting / "recipe.toml", "--output", folder, *flags)
-    return [row["loss/infonce_latent"] for row in rows(folder)]
+
+
+def curve(folder: Path, name: str) -> list[float]:
+    return [row[name] for row in rows(folder)]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.slow
 def test_every_stage_trains_alike_in_bfloat16_and_resumes(
-    setting: Path, tmp_path: Path, bfloat16_losses: list[float], stage: int
+    setting: Path, tmp_path: Path, in_bfloat16: Path, stage: int
 ) -> None:
     """Stages differ in how they shard float32 master copies, not in numbers; a resumed run repeats itself.
 
     Optimizer states of stages 1 and 2 once failed to load, because a type in them was not on the list of safe ones.
     """
     folder = tmp_path / "run"
-    losses = losses_in_bfloat16(setting, folder, stage=stage)
+    train_in_bfloat16(setting, folder, stage=stage)
     # ZeRO-0 adds up micro-batches in bfloat16 and in another order; Adam's first step turns a rounded gradient near 0
-    # into a whole step. So it is compared before its first update, the others after each.
-    compared = 1 if stage == 0 else 4
-    assert losses[:compared] == pytest.approx(bfloat16_losses[:compared], rel=1e-3)
+    # into a whole step. So it is compared before its first update. The others sum the norm that clips in another order,
+    # in float32: a master copy next to a tie is rounded the other way, which this model makes 1 % of a loss by step 3.
+    compared = 1 if stage == 0 else 2
+    losses = curve(folder, "loss/total")
+    assert losses[:compared] == pytest.approx(curve(in_bfloat16, "loss/total")[:compared], rel=1e-6)
+    if stage > 0:
+        norms = [curve(each, "train/gradient_norm")[:compared] for each in (folder, in_bfloat16)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+        actual, other = weights(folder, compared), weights(in_bfloat16, compared)
+        assert sum(int((actual[name] != other[name]).sum()) for name in other) <= 10  # of 65,520
+        for name in other:  # by one rounding
+            torch.testing.assert_close(actual[name], other[name], rtol=torch.finfo(torch.bfloat16).eps, atol=0)
     expected = weights(folder, 4)
     shutil.rmtree(folder / "checkpoints/step-000004")
-    assert losses_in_bfloat16(setting, folder, "--resume", stage=stage) == losses
+    train_in_bfloat16(setting, folder, "--resume", stage=stage)
+    assert curve(folder, "loss/total") == losses
     actual = weights(folder, 4)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
