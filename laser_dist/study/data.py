@@ -10,7 +10,7 @@ from pathlib import Path
 
 from laser_dist.data import sample_folder
 from laser_dist.errors import UserError
-from laser_dist.files import replacing, sha256, write_json
+from laser_dist.files import locked, replacing, sha256, write_json
 from laser_dist.reading import decode_json
 from laser_dist.retrieval.collection import collection_files, read_collection
 from laser_dist.study.definition import Dataset
@@ -47,14 +47,17 @@ def find(dataset: Dataset, root: Path) -> tuple[Path, dict[str, Files]]:
 
 
 def prepare_dataset(dataset: Dataset, root: Path, out: Path, curve_passages: int) -> Prepared:
-    """Shards and the collections of a dataset; what lies in `out` from before is kept while its source is the same."""
+    """Shards and the collections of a dataset; what lies in `out` from before is kept while its source is the same.
+
+    Parts of a study that are started together wait for the one that prepares.
+    """
     train, splits = find(dataset, root)
-    shards = train if (train / "manifest.json").is_file() else _shards(train, dataset.prepare, out / "shards")
+    hashes = {split: _digest(map(file_hash, files)) for split, files in splits.items()}
+    with locked(out / ".lock"):
+        shards = train if (train / "manifest.json").is_file() else _shards(train, dataset.prepare, out / "shards")
+        curve = _curve(splits["dev"], hashes["dev"], out / "curve", curve_passages) if curve_passages else None
     manifest = decode_json((shards / "manifest.json").read_text(encoding="utf-8"))
-    hashes = {"train": _digest([shard["sha256"] for shard in manifest["shards"]])}
-    for split, files in splits.items():
-        hashes[split] = _digest(map(file_hash, files))
-    curve = _curve(splits["dev"], hashes["dev"], out / "curve", curve_passages) if curve_passages else None
+    hashes["train"] = _digest([shard["sha256"] for shard in manifest["shards"]])
     return Prepared(shards, splits, hashes, curve)
 
 

@@ -1,10 +1,7 @@
 """What ranks the passages for mining: BM25, or any encoder over memory-mapped vectors of the corpus."""
 
-import fcntl
 import json
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +10,7 @@ import numpy as np
 
 from laser_dist.data.schema import Example, Passage
 from laser_dist.errors import UserError
-from laser_dist.files import sha256
+from laser_dist.files import locked, sha256
 from laser_dist.reading import read_json, read_object
 from laser_dist.retrieval.collection import Corpus
 
@@ -194,16 +191,3 @@ def corpus_vectors(encoder: Any, folder: str, corpus: Path, out: Path) -> np.nda
     if different := [name for name, value in expected.items() if found[name] != value]:
         raise UserError(f"{out}: these vectors are of another {' and '.join(different)}: give another --vectors folder")
     return vectors
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Only one process at a time is inside; the others say so and wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process, which holds {path}", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

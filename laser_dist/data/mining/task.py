@@ -21,12 +21,11 @@ from laser_dist.data.mining.scorers import (
     corpus_vectors,
     encoder_folder,
     load_encoder,
-    locked,
 )
 from laser_dist.data.schema import NAMES, Example, Passage, example_to_row, parse_example
 from laser_dist.data.sources.read import read_examples, read_source
 from laser_dist.errors import UserError
-from laser_dist.files import replacing, write_json
+from laser_dist.files import locked, replacing, write_json
 from laser_dist.observability.console import quiet_libraries
 from laser_dist.reading import read_object
 from laser_dist.retrieval.collection import Corpus, read_corpus, read_qrels
