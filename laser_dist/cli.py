@@ -22,6 +22,7 @@ COMMANDS = {
         "Turn rows of any kind into checked WebDataset shards",
     ),
     "annotate": ("laser_dist.data.annotation.annotate", "Write missing rationales with an OpenAI-compatible endpoint"),
+    "crop": ("laser_dist.data.crop", "Make training rows of a corpus alone: random words of a passage ask for it"),
     "mine": ("laser_dist.data.mining.mine", "Find hard negatives with BM25 or an encoder"),
     "inspect": (
         "laser_dist.data.inspection.inspect",

@@ -66,6 +66,8 @@ class MineConfig:
     """Leave out what shares more than this of its three-word shingles with a positive (Jaccard)."""
     existing: Literal["replace", "keep"] = "replace"
     """What becomes of negatives that rows have: new ones stand in their place, or after them."""
+    without_negatives: Literal["keep", "drop"] = "keep"
+    """Rows for which none is left: stay as they are (for training with --data.negatives 0), or are left out."""
     seed: int = 0
     """Of --pick sample; a query's negatives depend on it and the query's id only."""
     steps: int | None = None

@@ -17,8 +17,8 @@ _BINS = 20
 class Report:
     """Gathers the records of all rows."""
 
-    def __init__(self, rules: Rules):
-        self.rules = rules
+    def __init__(self, rules: Rules, *, drops: bool = False):
+        self.rules, self.drops = rules, drops  # rows without negatives do not get into the file
         self.rows = 0
         self.ranks: list[int] = []
         self.scores: list[float] = []
@@ -56,7 +56,8 @@ class Report:
     def summary(self, out: Path, plotted: bool) -> str:
         """The same for reading."""
         found = self.statistics()
-        lines = [f"{out}: {self.rows:,} rows, {len(self.ranks):,} negatives"]
+        rows = self.rows - self.without * self.drops
+        lines = [f"{out}: {rows:,} rows, {len(self.ranks):,} negatives"]
         if self.ranks:
             lines.append(
                 f"mean rank {found['mean_rank']:.1f}, mean score {found['mean_score']:.4g}; "
@@ -67,7 +68,7 @@ class Report:
             named = ", ".join(self.short[:3]) + (", ..." if len(self.short) > 3 else "")
             lines.append(
                 f"{len(self.short):,} queries got fewer than {self.rules.negatives} ({named}), {self.without:,} of "
-                "them have none: widen --ranks, or relax what leaves most out"
+                f"them have none{' and were dropped' * self.drops}: widen --ranks, or relax what leaves most out"
             )
         if not plotted:
             lines.append("no plot: pip install 'laser-dist[plots]'")

@@ -123,12 +123,14 @@ def finish(task: Task) -> int:
         if absent:
             print(f"{len(task.parts) - absent} of {len(task.parts)} parts are done; the other shards do the rest")
             return 0
-        report = Report(task.rules)
+        report = Report(task.rules, drops=config.without_negatives == "drop")
         with replacing(config.out) as temporary, temporary.open("w", encoding="utf-8") as file:
             for part in task.parts:
                 for line in part.open(encoding="utf-8"):
                     record = json.loads(line)
                     report.add(record)
+                    if config.without_negatives == "drop" and not record["row"]["negatives"]:
+                        continue
                     file.write(json.dumps(record["row"], ensure_ascii=False) + "\n")
         write_json(config.out.with_name(f"{config.out.name}.stats.json"), report.statistics() | {"run": task.identity})
         plotted = report.plot(config.out.with_name(f"{config.out.name}.png"))

@@ -278,6 +278,17 @@ def test_too_few_are_named(files, capsys):
     assert "(scores too near the positive)" in told
 
 
+def test_rows_without_negatives_are_dropped_when_asked(files, capsys):
+    """They stop training in the step that draws one, unless data.negatives is 0."""
+    write(files / "rows.jsonl", [row(n, query="zebra" if n < 3 else row(n)["query"]) for n in range(30)])
+    assert not read(mine(files, *BM25, out="kept.jsonl"))[0]["negatives"]
+    capsys.readouterr()
+    out = mine(files, *BM25, "--without-negatives", "drop", out="dropped.jsonl")
+    assert [r["query_id"] for r in read(out)] == [f"q{n}" for n in range(3, 30)]
+    told = capsys.readouterr().out
+    assert "27 rows" in told and "3 of them have none and were dropped" in told
+
+
 def test_parts_and_shards_do_not_change_a_byte(files, capsys):
     whole = mine(files, *BM25).read_bytes()
     assert mine(files, *BM25, "--chunk", "7", out="a.jsonl").read_bytes() == whole
