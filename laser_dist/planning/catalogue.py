@@ -35,7 +35,7 @@ CHECKED_IN = (
 )
 _HEAD = """# Recipes
 
-`quickstart.toml`, `qwen3-0.6b.toml` and `qwen3-8b.toml` are written by hand. All others are written by
+`quickstart.toml`, `crops.toml`, `qwen3-0.6b.toml` and `qwen3-8b.toml` are written by hand. All others are written by
 
     laser-dist plan --all --out launchers/recipes
 
